@@ -1,0 +1,293 @@
+"""Metrics: plain counters on the hot path, Prometheus families at scrape time.
+
+Lives here: every figure the service exports, its name, help and labels. Rules: names begin with
+`shadowsvc_` and end in their unit; label values come from sets known beforehand, never from a
+device; counting costs an addition, and building families costs only the scraper. Must not come
+in: alerts, health.
+"""
+
+from __future__ import annotations
+
+import platform
+from bisect import bisect_left
+from collections import Counter
+from typing import TYPE_CHECKING, Protocol
+
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.utils import floatToGoString
+
+from shadowsvc import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from prometheus_client.metrics_core import Metric
+
+    from shadowsvc.ledger import Ledger
+
+__all__ = ["Exposition", "Histogram", "Metrics"]
+
+_SECONDS = (
+    0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.069, 0.1, 0.25, 0.5, 1.0, 2.5,
+    5.0, 10.0, 30.0, 60.0, 300.0,
+)  # fmt: skip
+_PARTITIONS = (1, 2, 4, 6, 8, 10, 16, 24, 32, 48, 64, 100, 250, 1000)
+
+
+class Histogram:
+    """Counts by upper bound; not cumulative until scraped."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        """Make it with ascending upper bounds; values above the last have a bucket of their own."""
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.total: float = 0
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """Count `value`, `count` times."""
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.total += value * count
+
+    def buckets(self, scale: float = 1.0) -> list[tuple[str, float]]:
+        """Cumulative buckets as Prometheus wants them, bounds divided by `scale`."""
+        total = 0
+        buckets = []
+        for bound, count in zip(self.bounds, self.counts, strict=False):
+            total += count
+            # OpenMetrics wants bounds in their canonical form: "1.0", not "1".
+            text: str = floatToGoString(bound / scale)  # type: ignore[no-untyped-call]
+            buckets.append((text, float(total)))
+        buckets.append(("+Inf", float(total + self.counts[-1])))
+        return buckets
+
+
+class Metrics:
+    """What the rooms count. Fields are public and plain; everything starts at nothing."""
+
+    def __init__(self) -> None:
+        self.messages = [0, 0, 0, 0]
+        """By 2 x QoS + DUP."""
+        self.received_bytes = 0
+        self.qos0_dropped = 0
+        self.discarded_draining = 0
+        self.decoded = 0
+        self.empty = 0
+        self.rejected: Counter[str] = Counter()
+        self.dead_letters: Counter[str] = Counter()
+        self.dead_letters_suppressed = 0
+        self.updates_durable = 0
+        self.updates_merged = 0
+        self.leaves_merged_away = 0
+        self.batch_partitions = Histogram(_PARTITIONS)
+        self.write_seconds = Histogram(_SECONDS)
+        self.write_errors: Counter[str] = Counter()
+        self.write_retries: Counter[str] = Counter()
+        self.batches_split = 0
+        self.receive_to_ack = Histogram(_SECONDS)
+        self.device_to_durable_us = Histogram([bound * 1e6 for bound in _SECONDS])
+        self.disconnects: Counter[str] = Counter()
+        self.sessions: Counter[str] = Counter()
+        self.loop_lag_seconds = 0.0
+        self.clock_offset_seconds = 0.0
+
+
+class _Flights(Protocol):
+    """The figures of the pipeline that are read, not counted."""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests at the driver."""
+
+    @property
+    def concurrency(self) -> int:
+        """How many requests may be at the driver."""
+
+
+class Exposition:
+    """Renders everything for a scraper; register it once with what it reads."""
+
+    def __init__(  # the sources of every figure
+        self,
+        metrics: Metrics,
+        ledger: Ledger,
+        flights: _Flights,
+        *,
+        now: Callable[[], float],
+        is_ready: Callable[[], bool],
+        without_device_time: Callable[[], int],
+        log_lines_dropped: Callable[[], int],
+    ) -> None:
+        self._metrics = metrics
+        self._ledger = ledger
+        self._flights = flights
+        self._now = now
+        self._is_ready = is_ready
+        self._without_device_time = without_device_time
+        self._log_lines_dropped = log_lines_dropped
+        self.registry = CollectorRegistry(auto_describe=False)
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        self.registry.register(self)
+
+    def render(self, accept: str) -> tuple[str, bytes]:
+        """Return content type and body for an Accept header (Prometheus text or OpenMetrics)."""
+        encode, content_type = choose_encoder(accept)
+        return content_type, encode(self.registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every family; called by the registry."""
+        yield from self._way_in()
+        yield from self._writes()
+        yield from self._acks()
+        yield from self._process()
+
+    def _way_in(self) -> Iterator[Metric]:
+        metrics = self._metrics
+        received = CounterMetricFamily(
+            "shadowsvc_messages_received", "PUBLISH packets received.", labels=["qos", "dup"]
+        )
+        for index, count in enumerate(metrics.messages):
+            received.add_metric([str(index >> 1), str(index & 1)], count)
+        yield received
+        yield _counter(
+            "received_bytes", "Payload and topic bytes received.", metrics.received_bytes
+        )
+        yield _counter(
+            "qos0_dropped", "QoS 0 messages dropped: the budget was held.", metrics.qos0_dropped
+        )
+        yield _counter(
+            "messages_discarded_draining",
+            "Messages left to the broker because the service was stopping.",
+            metrics.discarded_draining,
+        )
+        yield _counter("updates_decoded", "Messages that became an update.", metrics.decoded)
+        yield _counter("updates_empty", "Updates that change nothing.", metrics.empty)
+        yield _labelled(
+            "updates_rejected", "Messages that are no update.", "reason", metrics.rejected
+        )
+        yield _counter(
+            "updates_without_device_time",
+            "Updates that got the receive time.",
+            self._without_device_time(),
+        )
+
+    def _writes(self) -> Iterator[Metric]:
+        metrics = self._metrics
+        yield _counter(
+            "updates_durable", "Updates confirmed by Cassandra.", metrics.updates_durable
+        )
+        yield _counter(
+            "updates_merged", "Updates written together with a neighbour.", metrics.updates_merged
+        )
+        yield _counter(
+            "leaves_merged_away",
+            "Leaves that a later update of the same batch made needless.",
+            metrics.leaves_merged_away,
+        )
+        yield _labelled("dead_letters", "Dead letters written.", "reason", metrics.dead_letters)
+        yield _counter(
+            "dead_letters_suppressed",
+            "Rejected messages acknowledged without a row: too many of one device.",
+            metrics.dead_letters_suppressed,
+        )
+        yield _histogram("batch_partitions", "Devices in a batch.", metrics.batch_partitions)
+        yield _histogram(
+            "write_seconds", "One request, from the driver's call to its answer.",
+            metrics.write_seconds,
+        )  # fmt: skip
+        yield _labelled("write_errors", "Requests that failed.", "kind", metrics.write_errors)
+        yield _labelled("write_retries", "Requests sent again.", "kind", metrics.write_retries)
+        yield _counter("batches_split", "Refused batches planned again.", metrics.batches_split)
+        yield _gauge("writes_in_flight", "Requests at the driver.", self._flights.in_flight)
+        yield _gauge("writes_limit", "Requests allowed at the driver.", self._flights.concurrency)
+        yield _histogram(
+            "device_to_durable_seconds",
+            "From the device's time to the confirmed write.",
+            metrics.device_to_durable_us,
+            scale=1e6,
+        )
+
+    def _acks(self) -> Iterator[Metric]:
+        ledger = self._ledger
+        metrics = self._metrics
+        yield _counter("messages_acknowledged", "PUBACKs sent.", ledger.acknowledged)
+        yield _counter("acks_stale", "Acks dropped: their connection was gone.", ledger.stale)
+        yield _counter(
+            "deliveries_abandoned",
+            "Deliveries of an older connection left to the broker's repetition.",
+            ledger.abandoned,
+        )
+        yield _counter(
+            "deliveries_done_without_ack",
+            "QoS 0 messages and last copies of a lost session that became durable.",
+            ledger.done_without_ack,
+        )
+        yield _gauge("deliveries_held", "Deliveries in memory.", ledger.held)
+        yield _gauge("deliveries_held_bytes", "Their payload and topic bytes.", ledger.held_bytes)
+        yield _gauge(
+            "unacknowledged_deliveries",
+            "Deliveries of this connection whose ack has not left.",
+            ledger.unacknowledged,
+        )
+        oldest = ledger.oldest
+        yield _gauge(
+            "oldest_unacknowledged_seconds",
+            "Age of the oldest of them.",
+            0 if oldest is None else max(0, self._now() - oldest),
+        )
+        yield _histogram(
+            "receive_to_ack_seconds", "From PUBLISH received to PUBACK.", metrics.receive_to_ack
+        )
+
+    def _process(self) -> Iterator[Metric]:
+        metrics = self._metrics
+        yield _labelled(
+            "disconnects", "Connections to the broker lost or not made.", "reason",
+            metrics.disconnects,
+        )  # fmt: skip
+        yield _labelled("sessions", "CONNACKs, resumed or new.", "state", metrics.sessions)
+        yield _gauge("ready", "1 when /readyz says yes.", int(self._is_ready()))
+        yield _gauge(
+            "loop_lag_seconds", "How late the event loop ran its last timer.",
+            metrics.loop_lag_seconds,
+        )  # fmt: skip
+        yield _gauge(
+            "clock_offset_seconds",
+            "This machine's clock less Cassandra's.",
+            metrics.clock_offset_seconds,
+        )
+        yield _counter("log_lines_dropped", "Log lines nobody took.", self._log_lines_dropped())
+        info = InfoMetricFamily("shadowsvc_build", "Version of the service and of Python.")
+        info.add_metric([], {"version": __version__, "python": platform.python_version()})
+        yield info
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"shadowsvc_{name}", text, value=value)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"shadowsvc_{name}", text, value=value)
+
+
+def _labelled(name: str, text: str, label: str, values: Counter[str]) -> Metric:
+    family = CounterMetricFamily(f"shadowsvc_{name}", text, labels=[label])
+    for value, count in sorted(values.items()):
+        family.add_metric([value], count)
+    return family
+
+
+def _histogram(name: str, text: str, histogram: Histogram, scale: float = 1.0) -> Metric:
+    family = HistogramMetricFamily(f"shadowsvc_{name}", text)
+    family.add_metric([], histogram.buckets(scale), sum_value=histogram.total / scale)
+    return family

@@ -1,0 +1,136 @@
+"""Plan batches: which updates are written together.
+
+Lives here: the window in which updates of one device meet and updates of one replica set share a
+batch. Pure. Rules: a batch holds devices of one replica set, at most `max_partitions` of them and
+about `max_bytes`; all updates of one device in a batch are written as one; arrival order is kept
+between batches. A batch that the store refused is planned again by `halves`, from the original
+updates, until the culprit stands alone. Must not come in: drivers, timers, acks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from shadowsvc.shadow.update import Update
+
+__all__ = ["Batch", "Batcher", "halves"]
+
+
+class Batch:
+    """Updates to be written by one request: device → its updates, in arrival order."""
+
+    __slots__ = ("devices", "size_bytes")
+
+    def __init__(self) -> None:
+        self.devices: dict[str, list[Update]] = {}
+        self.size_bytes = 0
+
+    def updates(self) -> Iterator[Update]:
+        """Every update of the batch."""
+        for updates in self.devices.values():
+            yield from updates
+
+    def __len__(self) -> int:
+        return sum(map(len, self.devices.values()))
+
+
+class Batcher:
+    """Collects updates into open batches, one a replica set, and seals them when full."""
+
+    def __init__(
+        self, group: Callable[[str], int] | None, *, max_partitions: int = 10, max_bytes: int = 5120
+    ) -> None:
+        """Make it; `group` maps a device to the number of its replica set.
+
+        None stands for a ring where every device has the same one, and spares the look-up.
+        """
+        self.group = group
+        self.max_partitions = max_partitions
+        self.max_bytes = max_bytes
+        self.ready: deque[Batch] = deque()
+        """Sealed batches, oldest first."""
+        self._open: dict[int, Batch] = {}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether an update waits in a batch that is not sealed."""
+        return bool(self._open)
+
+    def add(self, update: Update) -> None:
+        """Put an update into the open batch of its replica set."""
+        group = 0 if self.group is None else self.group(update.device)
+        batch = self._open.get(group)
+        size = update.size_bytes
+        if batch is None:
+            batch = self._open[group] = Batch()
+        elif batch.size_bytes + size > self.max_bytes:
+            self.ready.append(batch)
+            batch = self._open[group] = Batch()
+        batch.size_bytes += size
+        devices = batch.devices
+        same = devices.get(update.device)
+        if same is not None:
+            same.append(update)
+        else:
+            devices[update.device] = [update]
+            if len(devices) >= self.max_partitions:
+                self.ready.append(batch)
+                del self._open[group]
+
+    def seal(self) -> None:
+        """Close every open batch: what is in it waits no longer."""
+        self.ready.extend(self._open.values())
+        self._open.clear()
+
+    def batches(self) -> Iterator[Batch]:
+        """Every batch that waits, sealed or open."""
+        yield from self.ready
+        yield from self._open.values()
+
+    def drop(self, doomed: Callable[[Update], bool]) -> list[Update]:
+        """Take out the updates for which `doomed` says so, wherever they wait; return them."""
+        dropped: list[Update] = []
+        for batch in list(self.batches()):
+            for device, updates in list(batch.devices.items()):
+                kept = []
+                for update in updates:
+                    if doomed(update):
+                        dropped.append(update)
+                        batch.size_bytes -= update.size_bytes
+                    else:
+                        kept.append(update)
+                if len(kept) < len(updates):
+                    if kept:
+                        batch.devices[device] = kept
+                    else:
+                        del batch.devices[device]
+        self.ready = deque(batch for batch in self.ready if batch.devices)
+        self._open = {group: batch for group, batch in self._open.items() if batch.devices}
+        return dropped
+
+
+def halves(batch: Batch) -> tuple[Batch, Batch] | None:
+    """Split a refused batch in two, by devices and then by updates; None when one is left."""
+    updates = list(batch.updates())
+    if len(updates) <= 1:
+        return None
+    if len(batch.devices) > 1:
+        devices = list(batch.devices)
+        first_devices = set(devices[: len(devices) // 2])
+        cut = [update for update in updates if update.device in first_devices]
+        rest = [update for update in updates if update.device not in first_devices]
+    else:
+        cut, rest = updates[: len(updates) // 2], updates[len(updates) // 2 :]
+    return _batch_of(cut), _batch_of(rest)
+
+
+def _batch_of(updates: list[Update]) -> Batch:
+    batch = Batch()
+    for update in updates:
+        batch.devices.setdefault(update.device, []).append(update)
+        batch.size_bytes += update.size_bytes
+    return batch

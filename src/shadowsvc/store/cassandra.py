@@ -1,0 +1,366 @@
+"""The data plane: shadows and dead letters into Cassandra, by acsylla.
+
+Lives here: the only use of acsylla, prepared statements, the making of one request from a batch,
+and the mapping of driver errors to ours. Rules: a call returns only after Cassandra confirmed
+the write at the configured consistency; times go with each statement (`USING TIMESTAMP ?`), never
+with a batch, so a repetition writes the same cells again; text is bound as bytes without U+0000
+(the driver binds C strings); the driver retries nothing by itself. Must not come in: retrying,
+planning, acks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import acsylla
+import structlog
+from acsylla import errors as driver_errors
+
+from shadowsvc.errors import SchemaBehind, StoreError, StoreRefused, StoreUnavailable
+from shadowsvc.store.migrate import SELECT_VERSIONS, verify
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from shadowsvc.config import Cassandra
+    from shadowsvc.shadow.update import Mutations
+    from shadowsvc.store.deadletter import DeadLetter
+
+__all__ = ["PROBE_DEVICE", "CassandraStore"]
+
+_log = structlog.get_logger(__name__)
+
+PROBE_DEVICE = "$shadowsvc"
+"""Partition of the store's own probe; no device can have this name (`shadow.topic`)."""
+
+_WRITE = "UPDATE {keyspace}.shadow USING TIMESTAMP ? SET value = ? "
+_WRITE_HEARD = "UPDATE {keyspace}.shadow USING TIMESTAMP ? SET value = ?, updated_at = ? "
+_USUAL = "WHERE device = ? AND shadow = '' AND section = 'reported' AND path = ?"
+_ANY = "WHERE device = ? AND shadow = ? AND section = ? AND path = ?"
+_SECTION = "WHERE device = ? AND shadow = ? AND section = ?"
+
+# Nothing of a device is ever part of a statement's text.
+# ruff: noqa: S608
+# Tables are named with their keyspace: the server warns of prepared statements that are not.
+_STATEMENTS = {
+    "write_usual": _WRITE + _USUAL,
+    "write_usual_heard": _WRITE_HEARD + _USUAL,
+    "write": _WRITE + _ANY,
+    "write_heard": _WRITE_HEARD + _ANY,
+    "heard": "UPDATE {keyspace}.shadow USING TIMESTAMP ? SET updated_at = ? WHERE device = ?",
+    "delete_leaf": "DELETE FROM {keyspace}.shadow USING TIMESTAMP ? " + _ANY,
+    "delete_below": "DELETE FROM {keyspace}.shadow USING TIMESTAMP ? "
+    + _SECTION
+    + " AND path >= ? AND path < ?",
+    "delete_section": "DELETE FROM {keyspace}.shadow USING TIMESTAMP ? " + _SECTION,
+    "dead_letter": "INSERT INTO {keyspace}.dead_letter (bucket, shard, received_at, id, client_id, "
+    "device, topic, reason, detail, payload, payload_bytes, payload_sha256, qos, retain, duplicate, "
+    "user_properties) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) USING TTL ?",
+}
+
+# Refusals of the request itself. All else, schema, grants and login included, is an outage.
+_REFUSALS = (
+    driver_errors.CassErrorServerSyntaxError,
+    driver_errors.CassErrorServerInvalidQuery,
+    driver_errors.CassErrorServerProtocolError,
+    driver_errors.CassErrorLibMessageEncode,
+    driver_errors.CassErrorLibBadParams,
+    driver_errors.CassErrorLibInvalidValueType,
+    driver_errors.CassErrorLibInvalidItemCount,
+    driver_errors.CassErrorLibParameterUnset,
+)
+# An InvalidQuery that says so is about the schema: an outage until someone migrates.
+_SCHEMA_WORDS = ("unconfigured table", "does not exist", "unknown identifier", "undefined column")
+
+_DRIVER_LEVELS = {"CRITICAL": "error", "ERROR": "error", "WARN": "warning"}
+
+
+class CassandraStore:
+    """One acsylla session and its statements. Belongs to the running event loop."""
+
+    def __init__(self, settings: Cassandra, *, dead_letter_ttl_seconds: int) -> None:
+        """Make it, unconnected."""
+        self.settings = settings
+        self.max_request_bytes = settings.batch_max_bytes
+        self._ttl = dead_letter_ttl_seconds
+        self._timeout = settings.request_timeout_seconds
+        self._cluster: Any = None
+        self._session: Any = None
+        self._execute_batch: Any = None
+        self._statements: dict[str, Any] = {}
+
+    @property
+    def connected(self) -> bool:
+        """Whether statements are prepared, which needs Cassandra and the schema once."""
+        return bool(self._statements)
+
+    async def connect(self) -> None:
+        """Connect and prepare. Raises `StoreUnavailable` or `SchemaBehind`; call it again then."""
+        if self._session is None:
+            self._cluster = await _cluster(self.settings)
+            try:
+                self._session = await self._cluster.create_session(keyspace=self.settings.keyspace)
+            except Exception as error:
+                raise _mapped(error) from error
+        await self.check_schema()
+        statements = {}
+        for name, text in _STATEMENTS.items():
+            try:
+                statements[name] = await self._session.create_prepared(
+                    text.format(keyspace=self.settings.keyspace), timeout=self._timeout
+                )
+            except Exception as error:
+                raise _mapped(error) from error
+        self._execute_batch = self._session.execute_batch
+        self._statements = statements
+
+    async def close(self) -> None:
+        """Close the session; await every write before."""
+        session, self._session = self._session, None
+        self._statements = {}
+        if session is not None:
+            await session.close()
+
+    async def write(self, mutations: Iterable[Mutations]) -> None:
+        """Write, durably at the configured consistency, what is to be written for some devices.
+
+        One unlogged batch; several, one after the other, when they exceed
+        `max_request_bytes`. Raises `StoreUnavailable` or `StoreRefused`: then any part of it may
+        have been written, and writing it again is safe.
+        """
+        batch = acsylla.create_batch_unlogged(timeout=self._timeout)
+        self._fill(mutations, batch.add_statement)
+        try:
+            await self._execute_batch(batch)
+        except Exception as error:
+            raise _mapped(error) from error
+
+    async def write_in_parts(self, mutations: Mutations) -> None:
+        """Write one device's mutations that are too large for one request, part by part."""
+        statements: list[Any] = []
+        self._fill((mutations,), statements.append)
+        size = sum(len(value) for _, value, *_ in mutations.writes) + 64 * len(statements)
+        parts = max(1, -(-size // self.max_request_bytes))
+        step = max(1, -(-len(statements) // parts))
+        for at in range(0, len(statements), step):
+            batch = acsylla.create_batch_unlogged(timeout=self._timeout)
+            for statement in statements[at : at + step]:
+                batch.add_statement(statement)
+            try:
+                await self._execute_batch(batch)
+            except Exception as error:
+                raise _mapped(error) from error
+
+    async def write_dead_letter(self, letter: DeadLetter) -> None:
+        """Write one dead letter. Raises `StoreError`."""
+        await self._execute(
+            self._statements["dead_letter"].bind(
+                [
+                    _stamp(letter.bucket_ms * 1000),
+                    letter.shard,
+                    _stamp(letter.received_ms * 1000),
+                    str(letter.id),
+                    letter.client_id,
+                    letter.device,
+                    letter.topic,
+                    letter.reason,
+                    letter.detail,
+                    letter.payload,
+                    letter.payload_bytes,
+                    letter.payload_sha256,
+                    letter.qos,
+                    letter.retain,
+                    letter.duplicate,
+                    letter.user_properties,
+                    self._ttl,
+                ],
+                timeout=self._timeout,
+            )
+        )
+
+    async def write_probe(self) -> None:
+        """Write a row that can't be refused, to tell a bad update from a bad day."""
+        now_us = time.time_ns() // 1000
+        await self._execute(
+            self._statements["write"].bind(
+                [now_us, b"true", PROBE_DEVICE, "", "reported", "/probe"], timeout=self._timeout
+            )
+        )
+
+    async def check_schema(self) -> None:
+        """Raise `SchemaBehind` or `SchemaConflict` unless the schema is what this release needs."""
+        statement = acsylla.create_statement(SELECT_VERSIONS, timeout=self._timeout)
+        verify(row.as_tuple() for row in await self._execute(statement))
+
+    async def gc_grace_seconds(self) -> int:
+        """Return `gc_grace_seconds` of the table of shadows: how long deletes are remembered."""
+        result = await self._execute(
+            acsylla.create_statement(
+                "SELECT gc_grace_seconds FROM system_schema.tables WHERE keyspace_name = "
+                f"'{self.settings.keyspace}' AND table_name = 'shadow'",
+                timeout=self._timeout,
+            )
+        )
+        row = result.first()
+        return 0 if row is None else int(row.column_value("gc_grace_seconds"))
+
+    async def server_time_us(self) -> int:
+        """Return the coordinator's clock, in microseconds (resolution: a millisecond)."""
+        result = await self._execute(
+            acsylla.create_statement(
+                "SELECT toUnixTimestamp(now()) AS now FROM system.local", timeout=self._timeout
+            )
+        )
+        return int(result.first().column_value("now")) * 1000
+
+    async def _execute(self, statement: Any) -> Any:
+        try:
+            return await self._session.execute(statement)
+        except Exception as error:
+            raise _mapped(error) from error
+
+    def _fill(self, mutations: Iterable[Mutations], add: Any) -> None:
+        """Hand every statement of `mutations` to `add`."""
+        statements = self._statements
+        usual = statements["write_usual"].bind
+        usual_heard = statements["write_usual_heard"].bind
+        anywhere = statements["write"].bind
+        anywhere_heard = statements["write_heard"].bind
+        for mutation in mutations:
+            device = mutation.device
+            # The static column goes with the first leaf of the latest time.
+            heard_us = mutation.heard_us
+            for time_us, value, shadow, section, path in mutation.writes:
+                if not shadow and section == "reported":
+                    if time_us == heard_us:
+                        heard_us = -1
+                        add(usual_heard([time_us, value, _stamp(time_us), device, path]))
+                    else:
+                        add(usual([time_us, value, device, path]))
+                elif time_us == heard_us:
+                    heard_us = -1
+                    add(
+                        anywhere_heard(
+                            [time_us, value, _stamp(time_us), device, shadow, section, path]
+                        )
+                    )
+                else:
+                    add(anywhere([time_us, value, device, shadow, section, path]))
+            if mutation.deletes:
+                self._fill_deletes(device, mutation.deletes, add)
+            if heard_us > 0:
+                add(statements["heard"].bind([heard_us, _stamp(heard_us), device]))
+
+    def _fill_deletes(
+        self, device: str, deletes: Sequence[tuple[int, str, str, str]], add: Any
+    ) -> None:
+        statements = self._statements
+        for time_us, shadow, section, path in deletes:
+            if not path:
+                add(statements["delete_section"].bind([time_us, device, shadow, section]))
+                continue
+            add(statements["delete_leaf"].bind([time_us, device, shadow, section, path]))
+            # Everything below: "/" is followed by "0" in byte order.
+            add(
+                statements["delete_below"].bind(
+                    [time_us, device, shadow, section, path + "/", path + "0"]
+                )
+            )
+
+
+async def _cluster(settings: Cassandra) -> Any:
+    """Build the driver's cluster object; reads certificates in a thread."""
+    options: dict[str, Any] = {}
+    if settings.username is not None and settings.password is not None:
+        options["username"] = settings.username
+        options["password"] = settings.password.get_secret_value()
+    if settings.tls:
+        options |= await asyncio.to_thread(_tls_options, settings)
+    return acsylla.create_cluster(
+        list(settings.contact_points),
+        port=settings.port,
+        connect_timeout=settings.connect_timeout_seconds,
+        request_timeout=settings.request_timeout_seconds,
+        consistency=acsylla.Consistency[settings.consistency],
+        load_balance_dc_aware=settings.local_dc,
+        protocol_version=acsylla.ProtocolVersion.V4,
+        exponential_reconnect_base_delay_ms=200,
+        exponential_reconnect_max_delay_ms=2000,
+        retry_policy="fallthrough",
+        heartbeat_interval_sec=5,
+        idle_timeout_sec=15,
+        tcp_keepalive_sec=15,
+        # Half a millisecond for requests to share a system call.
+        coalesce_delay_us=500,
+        log_level="warn",
+        logging_callback=_driver_log,
+        application_name="shadowsvc",
+        **options,
+    )
+
+
+def _tls_options(settings: Cassandra) -> dict[str, Any]:
+    def pem(path: Path | None) -> str | None:
+        return None if path is None else Path(path).read_text()
+
+    names = all(not _is_address(point) for point in settings.contact_points)
+    return {
+        "ssl_enabled": True,
+        "ssl_trusted_cert": pem(settings.ca_file),
+        "ssl_cert": pem(settings.certificate_file),
+        "ssl_private_key": pem(settings.key_file),
+        "ssl_verify_flags": acsylla.SSLVerifyFlags.PEER_IDENTITY_DNS
+        if names
+        else acsylla.SSLVerifyFlags.PEER_IDENTITY,
+        "hostname_resolution": names,
+    }
+
+
+def _stamp(time_us: int) -> float:
+    """Return the seconds that the driver turns into the milliseconds of `time_us`, exactly.
+
+    It multiplies by 1000 and cuts: the half keeps a rounded double from losing a millisecond.
+    """
+    return (time_us // 1000 + 0.5) / 1000
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _driver_log(message: Any) -> None:
+    level = _DRIVER_LEVELS.get(str(message.log_level).upper(), "warning")
+    if "sharding info" in message.message:
+        level = "debug"  # every Cassandra that is not a Scylla
+    getattr(_log, level)("cassandra driver", driver_message=message.message)
+
+
+def _mapped(error: Exception) -> StoreError:
+    """Map a driver's error to ours; `kind` is the metric label, one of a bounded set."""
+    if isinstance(error, StoreError):
+        return error
+    name = type(error).__name__
+    kind = "".join(
+        f"_{letter.lower()}" if letter.isupper() else letter
+        for letter in name.removeprefix("CassError").removeprefix("CassException")
+    ).lstrip("_")
+    text = f"{name}: {error}" if str(error) else name
+    if isinstance(error, _REFUSALS):
+        message = str(error).lower()
+        if any(words in message for words in _SCHEMA_WORDS):
+            return SchemaBehind(f"{text}: run `shadowsvc migrate`")
+        return StoreRefused(kind, text)
+    if isinstance(error, driver_errors.CassErrorLibUnableToSetKeyspace):
+        return SchemaBehind(
+            "the keyspace does not exist: run `shadowsvc migrate`, or see "
+            "SHADOWSVC_CASSANDRA__KEYSPACE"
+        )
+    return StoreUnavailable(kind or "unknown", text)

@@ -1,0 +1,87 @@
+"""Fixtures shared by the tests: real services, keyspaces of their own, a service process.
+
+One Cassandra serves the whole run (it takes ten seconds to start); every test gets a keyspace or
+devices of its own. Brokers start in half a second: a test that stops or kills one has its own.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from typing import TYPE_CHECKING
+
+import pytest
+
+import backing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _only_our_settings() -> Iterator[None]:
+    """No variable of the machine's leaks into a test's settings."""
+    taken = {
+        name: os.environ.pop(name)
+        for name in list(os.environ)
+        if name.startswith("SHADOWSVC_") and not name.startswith("SHADOWSVC_BACKING")
+    }
+    yield
+    os.environ.update(taken)
+
+
+def pytest_report_header() -> list[str]:
+    return [f"backing services: {backing.describe()}"]
+
+
+@pytest.fixture(scope="session")
+def cassandra() -> Iterator[backing.Database]:
+    """The Cassandra of this run: `contact_points`, `port`, `dc`, `session()`."""
+    with backing.database() as database:
+        yield database
+
+
+@pytest.fixture(scope="session")
+def broker() -> Iterator[backing.Broker]:
+    """A broker shared by tests that only publish and subscribe."""
+    with backing.broker() as broker:
+        yield broker
+
+
+@pytest.fixture
+def unique() -> str:
+    """A name that nothing else in this run has: for client ids, groups, devices."""
+    return f"t{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def keyspace(cassandra: backing.Database) -> Iterator[str]:
+    """The name of a keyspace that does not exist yet; dropped after the test."""
+    name = f"t{uuid.uuid4().hex[:12]}"
+    yield name
+    with cassandra.session() as session:
+        session.execute(f"DROP KEYSPACE IF EXISTS {name}", timeout=60)
+
+
+@pytest.fixture(scope="session")
+def migrated(cassandra: backing.Database) -> Iterator[str]:
+    """A keyspace with the schema, shared by tests that use devices of their own."""
+    from shadowsvc.config import Settings
+    from shadowsvc.store.migrate import migrate
+
+    name = f"s{uuid.uuid4().hex[:12]}"
+    settings = Settings.model_validate(
+        {
+            "cassandra": {
+                "contact_points": cassandra.contact_points,
+                "port": cassandra.port,
+                "local_dc": cassandra.dc,
+                "keyspace": name,
+                "replication": "1",
+            }
+        }
+    )
+    migrate(settings, lambda _: None)
+    yield name
+    with cassandra.session() as session:
+        session.execute(f"DROP KEYSPACE IF EXISTS {name}", timeout=60)
