@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import os
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 import backing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+# Examples take as long as the machine lets them.
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.load_profile("here")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,22 +72,56 @@ def keyspace(cassandra: backing.Database) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def migrated(cassandra: backing.Database) -> Iterator[str]:
     """A keyspace with the schema, shared by tests that use devices of their own."""
+    name = f"s{uuid.uuid4().hex[:12]}"
+    _migrate(cassandra, name)
+    yield name
+    with cassandra.session() as session:
+        session.execute(f"DROP KEYSPACE IF EXISTS {name}", timeout=60)
+
+
+@pytest.fixture(scope="session")
+def own_cassandra() -> Iterator[backing.Cassandra]:
+    """A Cassandra that a test may stop, kill and freeze, if it leaves it running.
+
+    It keeps what it confirmed over a kill, and its limits are low enough to meet them.
+    """
+    settings = {
+        "commitlog_sync": "batch",
+        "max_mutation_size": "200KiB",
+        "batch_size_fail_threshold": "20KiB",
+    }
+    with backing.Cassandra(settings=settings) as database:
+        yield database
+
+
+@pytest.fixture(scope="session")
+def own_migrated(own_cassandra: backing.Cassandra) -> str:
+    """A keyspace with the schema in `own_cassandra`."""
+    name = "own"
+    _migrate(own_cassandra, name)
+    return name
+
+
+@pytest.fixture(scope="session")
+def cql(cassandra: backing.Database) -> Iterator[Any]:
+    """A session of cassandra-driver, to read back what the service wrote."""
+    with cassandra.session() as session:
+        yield session
+
+
+def _migrate(database: backing.Database, keyspace: str) -> None:
     from shadowsvc.config import Settings
     from shadowsvc.store.migrate import migrate
 
-    name = f"s{uuid.uuid4().hex[:12]}"
     settings = Settings.model_validate(
         {
             "cassandra": {
-                "contact_points": cassandra.contact_points,
-                "port": cassandra.port,
-                "local_dc": cassandra.dc,
-                "keyspace": name,
+                "contact_points": database.contact_points,
+                "port": database.port,
+                "local_dc": database.dc,
+                "keyspace": keyspace,
                 "replication": "1",
             }
         }
     )
     migrate(settings, lambda _: None)
-    yield name
-    with cassandra.session() as session:
-        session.execute(f"DROP KEYSPACE IF EXISTS {name}", timeout=60)

@@ -37,7 +37,7 @@ from service import Figures, Service, ServiceError, environment
 import backing
 from shadowsvc import tree
 from shadowsvc.config import load
-from shadowsvc.errors import ShadowsvcError
+from shadowsvc.errors import ConfigError, ShadowsvcError
 from shadowsvc.simulate import Difference, Expected, Options, Shape, Simulation, Summary
 from shadowsvc.simulate import command as simulate_command
 from shadowsvc.store import driver
@@ -97,8 +97,9 @@ def main() -> int:
     except (ServiceError, backing.BackingError, ShadowsvcError) as error:
         console.print(f"\nthe demo failed: {error}", markup=False)
     finally:
-        if failed:
-            console.print(f"the service's log is kept: {folder}/shadowsvc.log")
+        log = folder / "shadowsvc.log"
+        if failed and log.exists():
+            console.print(f"the service's log is kept: {log}")
         else:
             shutil.rmtree(folder, ignore_errors=True)
     return 1 if failed else 0
@@ -437,7 +438,12 @@ def _arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.seconds <= 0:
         parser.error("--seconds must be above 0")
-    if mistakes := _simulation(options, "demo").mistakes():
+    mistakes = _simulation(options, "demo").mistakes()
+    try:
+        load({"SHADOWSVC_CASSANDRA__KEYSPACE": options.keyspace})
+    except ConfigError as error:
+        mistakes += error.mistakes
+    if mistakes:
         parser.error("; ".join(mistakes))
     return options
 

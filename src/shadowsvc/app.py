@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from shadowsvc.config import Settings
     from shadowsvc.store.topology import Snapshot
 
-__all__ = ["Service", "run"]
+__all__ = ["Service", "run", "tame_garbage_collector"]
 
 _log = structlog.get_logger(__name__)
 
@@ -84,7 +84,7 @@ async def _main(settings: Settings) -> int:
         loop.add_signal_handler(number, on_signal, number)
     service = Service(settings)
     await service.start()
-    _tame_garbage_collector()
+    tame_garbage_collector()
     try:
         await service.supervise(stop)
     finally:
@@ -92,7 +92,7 @@ async def _main(settings: Settings) -> int:
     return 0
 
 
-def _tame_garbage_collector() -> None:
+def tame_garbage_collector() -> None:
     """Keep the cycle collector off the hot path.
 
     An update makes a dozen objects and no cycle; reference counts free them. The default

@@ -29,18 +29,19 @@ import structlog
 
 from shadowsvc.errors import Rejected, StoreError, StoreRefused
 from shadowsvc.shadow.merge import merge
+from shadowsvc.shadow.update import Mutations
 from shadowsvc.store.batch import Batch, Batcher, halves
 from shadowsvc.store.deadletter import DeadLetter, FloodGate
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     import mqtt5
 
     from shadowsvc.ledger import Delivery, Ledger
     from shadowsvc.metrics import Metrics
     from shadowsvc.shadow.document import Decoder
-    from shadowsvc.shadow.update import Mutations, Update
+    from shadowsvc.shadow.update import Update
 
 __all__ = ["Options", "Pipeline", "Store"]
 
@@ -48,6 +49,7 @@ _log = structlog.get_logger(__name__)
 
 _CONNECT_PATIENCE_SECONDS = 1.0
 _DRAIN_POLL_SECONDS = 0.01
+_ACK_DELAY_SECONDS = 0.001
 _WEDGED_TIMEOUTS = 5
 _WEDGED_IDLE_SECONDS = 5.0
 
@@ -55,7 +57,7 @@ _WEDGED_IDLE_SECONDS = 5.0
 class Store(Protocol):
     """What the pipeline needs from Cassandra; every call raises `StoreError` alone."""
 
-    async def write(self, mutations: Iterable[Mutations]) -> None:
+    async def write(self, mutations: Sequence[Mutations | Update]) -> None:
         """Write durably, in one request."""
 
     async def write_in_parts(self, mutations: Mutations) -> None:
@@ -114,6 +116,8 @@ class Pipeline:
         self.concurrency = options.concurrency
         self.announced = options.receive_maximum
         """The Receive Maximum of the present connection."""
+        self.leave: Callable[[str], None] = lambda _reason: None
+        """Called to connect anew, with a reason, when too much was announced."""
         self._store = store
         self._send = send
         self._gate = FloodGate(options.max_dead_letters_per_minute)
@@ -128,7 +132,7 @@ class Pipeline:
         self._jobs: set[Batch | _Letter] = set()
         self._backing_off = 0
         self._calls: dict[int, float] = {}
-        self._last_progress = self._now
+        self._stalled_since: float | None = None
         self._workers = [
             asyncio.create_task(self._work(), name=f"writer {number}")
             for number in range(options.concurrency)
@@ -162,14 +166,18 @@ class Pipeline:
         for delivery in self._waiting_deliveries():
             self.ledger.keep(delivery)
         _log.info("session is new", last_copies=self.ledger.last_copies)
+        if self.ledger.last_copies + self.announced > self.options.receive_maximum:
+            # Nothing is subscribed yet: connect anew and announce what is left.
+            self.leave("receive_maximum")
 
     def subscribed_now(self) -> None:
         """The share is joined."""
         self.subscribed = True
 
     def disconnected(self, reason: str) -> None:
-        """The connection is gone."""
+        """The connection is gone: acks that become due from now on are stale."""
         self.subscribed = False
+        self.ledger.begin_epoch()
         self.metrics.disconnects[reason] += 1
 
     def begin_chunk(self) -> None:
@@ -245,11 +253,12 @@ class Pipeline:
         if dead:
             return f"{dead} writers have ended"
         planned = bool(self.batcher.ready or self._letters)
-        if planned and not self._calls and not self._backing_off:
-            if now - self._last_progress > _WEDGED_IDLE_SECONDS:
-                return "work is planned and nothing is in flight"
-        else:
-            self._last_progress = now
+        if not planned or self._calls or self._backing_off:
+            self._stalled_since = None
+        elif self._stalled_since is None:
+            self._stalled_since = now  # it may have been planned in this very turn of the loop
+        elif now - self._stalled_since > _WEDGED_IDLE_SECONDS:
+            return "work is planned and nothing is in flight"
         return None
 
     async def drain(self, timeout_seconds: float) -> bool:
@@ -316,17 +325,32 @@ class Pipeline:
     async def _write_batch(self, batch: Batch) -> None:
         """Write a batch until it is durable, split, or left to the broker."""
         attempt = 0
+        proven = False
         while True:
-            mutations = [merge(updates) for updates in batch.devices.values()]
+            # An update that is alone needs no merging: the store takes it as it is.
+            mutations = [
+                updates[0] if len(updates) == 1 else merge(updates)
+                for updates in batch.devices.values()
+            ]
             try:
                 if batch.size_bytes > self.options.max_request_bytes and len(mutations) == 1:
-                    await self._call(self._store.write_in_parts(mutations[0]))
+                    whole = merge(next(iter(batch.devices.values())))
+                    await self._call(self._store.write_in_parts(whole))
                 else:
                     await self._call(self._store.write(mutations))
             except StoreRefused as error:
-                await self._refused(batch, error)
+                if len(batch) > 1:
+                    await self._write_halves(batch)
+                elif proven:
+                    self._condemn(batch, error)
+                else:
+                    # Refused again after a write that can't be refused: then it is guilty.
+                    proven = await self._prove_store(batch)
+                    if proven:
+                        continue
                 return
             except StoreError as error:
+                proven = False
                 attempt += 1
                 await self._back_off(attempt, error)
                 if not self._still_wanted(batch):
@@ -335,50 +359,59 @@ class Pipeline:
             self._durable(batch, mutations)
             return
 
-    def _durable(self, batch: Batch, mutations: list[Mutations]) -> None:
+    def _durable(self, batch: Batch, mutations: list[Mutations | Update]) -> None:
         metrics = self.metrics
         observe = metrics.device_to_durable_us.observe
         now_us = time.time_ns() // 1000
         deliveries: list[Delivery] = []
         for updates in batch.devices.values():
             for update in updates:
-                observe(now_us - update.time_us)
+                # A device whose clock is ahead of ours counts as no time at all.
+                observe(max(0, now_us - update.time_us))
                 deliveries.append(update.token)  # type: ignore[arg-type]  # set by `publish`
         count = len(deliveries)
         metrics.updates_durable += count
         metrics.batch_partitions.observe(len(mutations))
         if count > len(mutations):
             metrics.updates_merged += count - len(mutations)
-            metrics.leaves_merged_away += sum(mutation.merged_away for mutation in mutations)
+            metrics.leaves_merged_away += sum(
+                mutation.merged_away for mutation in mutations if isinstance(mutation, Mutations)
+            )
         self._complete(deliveries)
 
-    async def _refused(self, batch: Batch, error: StoreRefused) -> None:
-        """Find the update that the store refuses; write its neighbours."""
-        parts = halves(batch)
-        if parts is not None:
-            self.metrics.batches_split += 1
-            for part in parts:
-                self._jobs.add(part)
-                try:
-                    await self._write_batch(part)
-                finally:
-                    self._jobs.discard(part)
-            return
-        update = next(batch.updates())
+    async def _write_halves(self, batch: Batch) -> None:
+        """Write a refused batch in two parts, on the way to the update that is refused alone."""
+        self.metrics.batches_split += 1
+        for part in halves(batch) or ():
+            self._jobs.add(part)
+            try:
+                await self._write_batch(part)
+            finally:
+                self._jobs.discard(part)
+
+    async def _prove_store(self, batch: Batch) -> bool:
+        """Write what can't be refused until that works; False when the batch was left meanwhile.
+
+        A table that refuses everything is an outage, not a bad update.
+        """
         attempt = 0
         while True:
-            # A table that refuses everything is an outage, not a bad update.
             try:
                 await self._call(self._store.write_probe())
-                break
-            except StoreError as probe_error:
+            except StoreError as error:
                 attempt += 1
-                await self._back_off(attempt, probe_error)
+                await self._back_off(attempt, error)
                 if not self._still_wanted(batch):
-                    return
-        _log.error("the store refuses an update", error=str(error), limit_by=error.kind)
-        self._reject(_delivery(update), "refused_by_store", str(error))
-        self._wake()
+                    return False
+            else:
+                return self._still_wanted(batch)
+
+    def _condemn(self, batch: Batch, error: StoreRefused) -> None:
+        """Make a dead letter of the one update of a batch."""
+        if self._still_wanted(batch):
+            _log.error("the store refuses an update", error=str(error), limit_by=error.kind)
+            self._reject(_delivery(next(batch.updates())), "refused_by_store", str(error))
+            self._wake()
 
     async def _write_letter(self, item: _Letter) -> None:
         attempt = 0
@@ -401,12 +434,11 @@ class Pipeline:
         started = time.monotonic()
         key = id(request)
         self._calls[key] = started
+        self._stalled_since = None
         try:
             await request
         except StoreError as error:
             self.metrics.write_errors[error.kind] += 1
-            if error.retryable:
-                self._failed(error)
             raise
         else:
             if self.failing:
@@ -416,10 +448,15 @@ class Pipeline:
             self.metrics.write_seconds.observe(time.monotonic() - started)
 
     async def _back_off(self, attempt: int, error: StoreError) -> None:
-        """Wait before the next attempt: full jitter, doubling up to the limit."""
+        """Wait before the next attempt: full jitter, doubling up to the limit.
+
+        Whatever is tried again is an outage: a refused probe or dead letter too.
+        """
+        self._failed(error)
         options = self.options
         self.metrics.write_retries[error.kind] += 1
-        ceiling = min(options.retry_max_seconds, options.retry_min_seconds * 2 ** min(attempt, 16))
+        doublings = min(attempt - 1, 16)
+        ceiling = min(options.retry_max_seconds, options.retry_min_seconds * 2**doublings)
         self._backing_off += 1
         try:
             await asyncio.sleep(random.uniform(options.retry_min_seconds / 2, ceiling))  # noqa: S311
@@ -467,9 +504,10 @@ class Pipeline:
     def _complete(self, deliveries: Iterable[Delivery]) -> None:
         self.ledger.complete(deliveries)
         if not self._acks_due:
-            # Batches that end in the same turn of the loop share one write of acks.
+            # Batches that end within a millisecond share one write of acks, and so do the
+            # messages that the broker sends upon them.
             self._acks_due = True
-            self._loop.call_soon(self._flush_acks)
+            self._loop.call_later(_ACK_DELAY_SECONDS, self._flush_acks)
 
     def _flush_acks(self) -> None:
         self._acks_due = False

@@ -447,11 +447,6 @@ class Limits(_Section):
         default=20.0,
         description="Time limit of an orderly stop; below the grace period of what stops it.",
     )
-    isolate_after_seconds: Seconds = Field(
-        default=60.0,
-        description="Time without one successful write after which the broker is left, so that "
-        "other processes get the messages.",
-    )
 
 
 class DeadLetters(_Section):

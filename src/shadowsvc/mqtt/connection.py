@@ -290,8 +290,7 @@ class _Protocol(asyncio.BufferedProtocol):
         except MqttError as error:
             self.fail(error)
             used = end
-        except Exception:
-            # A defect of whoever takes the messages: the broker keeps what was not acknowledged.
+        except Exception:  # noqa: BLE001 - a defect of the taker costs one connection, no message
             _log.exception("taking messages failed", limit_by="ingest")
             self.fail(
                 ConnectionLost("internal_error", "taking messages failed"),
@@ -414,5 +413,3 @@ class _Protocol(asyncio.BufferedProtocol):
             self._buffer = grown
         elif size > _BUFFER_BYTES and not rest:
             self._buffer = memoryview(bytearray(_BUFFER_BYTES))
-
-

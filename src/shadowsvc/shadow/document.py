@@ -71,8 +71,12 @@ _DIGITS_LOOK_ALIKE: Final = bytes(
 _LONG_RUN: Final = b"0" * 17
 _EXPONENT: Final = b"0e"
 
+_ESCAPED_NUL: Final = b"\\u0000"
 _ABSENT: Final = object()
-_ROW_OVERHEAD_BYTES: Final = 40
+_MAX_LEARNED = 4096
+_MAX_LEARNED_CHARS = 128
+# What a row weighs in a batch beside its path and value, as Cassandra counts (`Row.dataSize`).
+_ROW_OVERHEAD_BYTES: Final = 64
 _PLAIN_BYTES: Final = 8192
 _MAX_NUMBER_CHARS: Final = 20
 
@@ -129,6 +133,9 @@ class Decoder:
         self.without_device_time = 0
         """Updates that got the receive time: they had none, or a policy replaced theirs."""
         self._last_receive_us = 0
+        # A fleet has few keys: prefix → key → path, learned up to a bound and never forgotten.
+        self._paths: dict[str, dict[str, str]] = {}
+        self._learned = 0
 
     def decode(  # noqa: C901, PLR0912 - calls cost more than lines here
         self,
@@ -181,13 +188,14 @@ class Decoder:
                 "too_many_leaves",
                 f"{leaves} leaves, SHADOWSVC_SHADOW__MAX_LEAVES is {limits.max_leaves}",
             )
-        if size > limits.max_path_bytes or b"\\u0000" in payload:
+        if size > limits.max_path_bytes or payload.find(_ESCAPED_NUL) >= 0:
             self._check_paths(writes, deletes)
         if doubtful:
             if limits.max_path_bytes >= size > limits.max_path_bytes // 2:
                 self._check_paths(writes, deletes)  # an escaped key is up to twice as long
             digits = payload.translate(_DIGITS_LOOK_ALIKE)
-            if _LONG_RUN in digits or _EXPONENT in digits:
+            # `find` takes half the time of `in` on bytes.
+            if digits.find(_LONG_RUN) >= 0 or digits.find(_EXPONENT) >= 0:
                 _check_numbers(payload)
         time_us = self._time(document, user_properties, now_us)
         weight = size + leaves * _ROW_OVERHEAD_BYTES
@@ -196,7 +204,10 @@ class Decoder:
             weight = leaves * _ROW_OVERHEAD_BYTES
             weight += sum(len(path) + len(value) for _, path, value in writes)
             weight += sum(len(path) for _, path in deletes)
-        return Update(device, shadow, time_us, writes, deletes, weight)
+        update = Update(device, shadow, time_us, writes, deletes, weight)
+        if not shadow and not deletes and writes and len(state) == 1 and "reported" in state:
+            update.is_usual = True
+        return update
 
     def device_of(self, topic: str) -> str | None:
         """Return the device that `topic` names, or None when it names none."""
@@ -210,7 +221,7 @@ class Decoder:
         self._last_receive_us = last = max(now_us, self._last_receive_us + 1)
         return last
 
-    def _flatten(
+    def _flatten(  # noqa: C901 - calls cost more than lines here
         self,
         node: dict[str, Any],
         section: str,
@@ -222,12 +233,17 @@ class Decoder:
     ) -> bool:
         """Append the leaves below `node`; True when numbers or paths need a closer look."""
         doubtful = False
+        paths = self._paths.get(prefix)
+        if paths is None:
+            paths = self._learn_prefix(prefix)
         for key, value in node.items():
-            if "~" in key or "/" in key:
-                path = f"{prefix}/{key.replace('~', '~0').replace('/', '~1')}"
-                doubtful = True
-            else:
-                path = f"{prefix}/{key}"
+            path = paths.get(key)
+            if path is None:
+                if "~" in key or "/" in key:
+                    path = f"{prefix}/{key.replace('~', '~0').replace('/', '~1')}"
+                    doubtful = True
+                else:
+                    path = self._learn_path(paths, prefix, key)
             kind = value.__class__
             if kind is dict:
                 if depth >= self.limits.max_depth:
@@ -244,6 +260,20 @@ class Decoder:
                     _check_depth(value, depth, self.limits.max_depth)
                 writes.append((section, path, dumps(value)))
         return doubtful
+
+    def _learn_prefix(self, prefix: str) -> dict[str, str]:
+        paths: dict[str, str] = {}
+        if self._learned < _MAX_LEARNED and len(prefix) <= _MAX_LEARNED_CHARS:
+            self._learned += 1
+            self._paths[prefix] = paths
+        return paths
+
+    def _learn_path(self, paths: dict[str, str], prefix: str, key: str) -> str:
+        path = f"{prefix}/{key}"
+        if self._learned < _MAX_LEARNED and len(path) <= _MAX_LEARNED_CHARS:
+            self._learned += 1
+            paths[key] = path
+        return path
 
     def _check_paths(
         self, writes: list[tuple[str, str, bytes]], deletes: list[tuple[str, str]]

@@ -33,6 +33,9 @@ class TopicParser:
         """Take the `prefix` without a slash at its end, for example `things`."""
         self._head = prefix + "/"
         self._head_chars = len(self._head)
+        self._usual = re.compile(
+            f"{re.escape(self._head)}({_NAME.pattern}){_UNNAMED_TAIL}"
+        ).fullmatch
 
     def filters(self) -> tuple[str, str]:
         """Topic filters that match every update topic once (they don't overlap)."""
@@ -46,6 +49,9 @@ class TopicParser:
 
         Raises `Rejected` with reason `topic` or `device_name`.
         """
+        usual = self._usual(topic)
+        if usual is not None:
+            return usual[1], ""
         shadow = ""
         if topic.endswith(_UNNAMED_TAIL):
             device = topic[self._head_chars : -_UNNAMED_TAIL_CHARS]
@@ -61,7 +67,7 @@ class TopicParser:
         if _NAME.fullmatch(device) is None:
             # A shadow may be called "shadow": its topic ends as that of the unnamed one does.
             owner = device.removesuffix(_NAMED)
-            if owner != device and _NAME.fullmatch(owner) is not None:
+            if _NAME.fullmatch(owner) is not None:
                 return owner, "shadow"
             raise Rejected("device_name", _name_rule("device"))
         return device, shadow

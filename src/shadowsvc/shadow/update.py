@@ -21,7 +21,16 @@ SECTIONS = ("reported", "desired")
 class Update:
     """One decoded message: leaves set and leaves or sections deleted, all at one time."""
 
-    __slots__ = ("deletes", "device", "shadow", "size_bytes", "time_us", "token", "writes")
+    __slots__ = (
+        "deletes",
+        "device",
+        "is_usual",
+        "shadow",
+        "size_bytes",
+        "time_us",
+        "token",
+        "writes",
+    )
 
     def __init__(
         self,
@@ -43,6 +52,8 @@ class Update:
         self.writes = writes
         self.deletes = deletes
         self.size_bytes = size_bytes
+        self.is_usual = False
+        """Whether it does nothing but set reported leaves of the unnamed shadow, as most do."""
         self.token: object = None
         """Whatever the owner needs back when the update is durable (the delivery)."""
 

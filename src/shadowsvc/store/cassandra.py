@@ -21,6 +21,7 @@ import structlog
 from acsylla import errors as driver_errors
 
 from shadowsvc.errors import SchemaBehind, StoreError, StoreRefused, StoreUnavailable
+from shadowsvc.shadow.update import Update
 from shadowsvc.store.migrate import SELECT_VERSIONS, verify
 
 if TYPE_CHECKING:
@@ -46,9 +47,11 @@ _SECTION = "WHERE device = ? AND shadow = ? AND section = ?"
 # Nothing of a device is ever part of a statement's text.
 # ruff: noqa: S608
 # Tables are named with their keyspace: the server warns of prepared statements that are not.
+_WRITE_USUAL = _WRITE + _USUAL
+_WRITE_USUAL_HEARD = _WRITE_HEARD + _USUAL
 _STATEMENTS = {
-    "write_usual": _WRITE + _USUAL,
-    "write_usual_heard": _WRITE_HEARD + _USUAL,
+    "write_usual": _WRITE_USUAL,
+    "write_usual_heard": _WRITE_USUAL_HEARD,
     "write": _WRITE + _ANY,
     "write_heard": _WRITE_HEARD + _ANY,
     "heard": "UPDATE {keyspace}.shadow USING TIMESTAMP ? SET updated_at = ? WHERE device = ?",
@@ -58,8 +61,8 @@ _STATEMENTS = {
     + " AND path >= ? AND path < ?",
     "delete_section": "DELETE FROM {keyspace}.shadow USING TIMESTAMP ? " + _SECTION,
     "dead_letter": "INSERT INTO {keyspace}.dead_letter (bucket, shard, received_at, id, client_id, "
-    "device, topic, reason, detail, payload, payload_bytes, payload_sha256, qos, retain, duplicate, "
-    "user_properties) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) USING TTL ?",
+    "device, topic, reason, detail, payload, payload_bytes, payload_sha256, qos, retain, "
+    "duplicate, user_properties) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) USING TTL ?",
 }
 
 # Refusals of the request itself. All else, schema, grants and login included, is an outage.
@@ -75,6 +78,9 @@ _REFUSALS = (
 )
 # An InvalidQuery that says so is about the schema: an outage until someone migrates.
 _SCHEMA_WORDS = ("unconfigured table", "does not exist", "unknown identifier", "undefined column")
+
+_MAX_SHAPES = 16
+_MAX_SHAPE_ROWS = 200
 
 _DRIVER_LEVELS = {"CRITICAL": "error", "ERROR": "error", "WARN": "warning"}
 
@@ -92,6 +98,9 @@ class CassandraStore:
         self._session: Any = None
         self._execute_batch: Any = None
         self._statements: dict[str, Any] = {}
+        # (updates, leaves of each) → the whole batch as one prepared statement; None: being made.
+        self._shapes: dict[tuple[int, int], Any] = {}
+        self._preparing: set[asyncio.Task[None]] = set()
 
     @property
     def connected(self) -> bool:
@@ -101,7 +110,9 @@ class CassandraStore:
     async def connect(self) -> None:
         """Connect and prepare. Raises `StoreUnavailable` or `SchemaBehind`; call it again then."""
         if self._session is None:
-            self._cluster = await _cluster(self.settings)
+            if self._cluster is None:
+                # Kept for the next attempt: a cluster object never gives its sockets back.
+                self._cluster = await _cluster(self.settings)
             try:
                 self._session = await self._cluster.create_session(keyspace=self.settings.keyspace)
             except Exception as error:
@@ -120,30 +131,110 @@ class CassandraStore:
 
     async def close(self) -> None:
         """Close the session; await every write before."""
+        for task in self._preparing:
+            task.cancel()
+        await asyncio.gather(*self._preparing, return_exceptions=True)
         session, self._session = self._session, None
         self._statements = {}
+        self._shapes = {}
         if session is not None:
             await session.close()
 
-    async def write(self, mutations: Iterable[Mutations]) -> None:
+    async def write(self, mutations: Sequence[Mutations | Update]) -> None:
         """Write, durably at the configured consistency, what is to be written for some devices.
 
         One unlogged batch; several, one after the other, when they exceed
         `max_request_bytes`. Raises `StoreUnavailable` or `StoreRefused`: then any part of it may
         have been written, and writing it again is safe.
         """
-        batch = acsylla.create_batch_unlogged(timeout=self._timeout)
-        self._fill(mutations, batch.add_statement)
         try:
-            await self._execute_batch(batch)
+            prepared = self._shape(mutations)
+            if prepared is not None:
+                await self._session.execute(self._bind_shape(prepared, mutations))
+            else:
+                await self._execute_batch(self._batch(mutations))
         except Exception as error:
             raise _mapped(error) from error
+
+    def build(self, mutations: Sequence[Mutations | Update]) -> Any:
+        """Return the request that `write` sends; for the benchmark of stages."""
+        prepared = self._shape(mutations)
+        if prepared is not None:
+            return self._bind_shape(prepared, mutations)
+        return self._batch(mutations)
+
+    def _batch(self, mutations: Sequence[Mutations | Update]) -> Any:
+        batch = acsylla.create_batch_unlogged(timeout=self._timeout)
+        self._fill(mutations, batch.add_statement)
+        return batch
+
+    def _shape(self, mutations: Sequence[Mutations | Update]) -> Any:
+        """Return the prepared statement that is the whole of this batch, if there is one.
+
+        A full batch of usual updates with the same number of leaves is the same CQL every time.
+        Prepared as one statement it costs two thirds of the same rows as statements of their own.
+        There are few such shapes: the server keeps each, so their number and size are bounded.
+        """
+        leaves = 0
+        for mutation in mutations:
+            if not isinstance(mutation, Update) or not mutation.is_usual:
+                return None
+            if leaves != len(mutation.writes):
+                if leaves:
+                    return None
+                leaves = len(mutation.writes)
+        shape = len(mutations), leaves
+        prepared = self._shapes.get(shape)
+        if prepared is None and shape not in self._shapes:
+            self._want_shape(shape)
+        return prepared
+
+    def _want_shape(self, shape: tuple[int, int]) -> None:
+        """Prepare a shape in the background, if it is worth it; until then there are batches."""
+        updates, leaves = shape
+        if (
+            updates != self.settings.batch_max_partitions
+            or updates * leaves > _MAX_SHAPE_ROWS
+            or len(self._shapes) >= _MAX_SHAPES
+        ):
+            return
+        self._shapes[shape] = None
+
+        async def prepare() -> None:
+            rows = [_WRITE_USUAL_HEARD, *[_WRITE_USUAL] * (leaves - 1)] * updates
+            text = f"BEGIN UNLOGGED BATCH {'; '.join(rows)}; APPLY BATCH"
+            try:
+                self._shapes[shape] = await self._session.create_prepared(
+                    text.format(keyspace=self.settings.keyspace), timeout=self._timeout
+                )
+            except Exception as error:  # noqa: BLE001 - batches of statements do the same work
+                self._shapes.pop(shape, None)
+                _log.info("shape not prepared", error=str(error), limit_by="shape")
+
+        task = asyncio.create_task(prepare(), name=f"prepare {updates} x {leaves}")
+        self._preparing.add(task)
+        task.add_done_callback(self._preparing.discard)
+
+    def _bind_shape(self, prepared: Any, updates: Any) -> Any:
+        values: list[Any] = []
+        for update in updates:
+            time_us = update.time_us
+            device = update.device
+            heard = True
+            for _, path, value in update.writes:
+                if heard:
+                    heard = False
+                    values += (time_us, value, (time_us // 1000 + 0.5) / 1000, device, path)
+                else:
+                    values += (time_us, value, device, path)
+        return prepared.bind(values, None, None, self._timeout)
 
     async def write_in_parts(self, mutations: Mutations) -> None:
         """Write one device's mutations that are too large for one request, part by part."""
         statements: list[Any] = []
         self._fill((mutations,), statements.append)
-        size = sum(len(value) for _, value, *_ in mutations.writes) + 64 * len(statements)
+        size = sum(len(value) + len(path) for _, value, _, _, path in mutations.writes)
+        size += 64 * len(statements) + sum(2 * len(path) for *_, path in mutations.deletes)
         parts = max(1, -(-size // self.max_request_bytes))
         step = max(1, -(-len(statements) // parts))
         for at in range(0, len(statements), step):
@@ -223,7 +314,9 @@ class CassandraStore:
         except Exception as error:
             raise _mapped(error) from error
 
-    def _fill(self, mutations: Iterable[Mutations], add: Any) -> None:
+    def _fill(  # noqa: C901, PLR0912 - calls cost more than lines here
+        self, mutations: Iterable[Mutations | Update], add: Any
+    ) -> None:
         """Hand every statement of `mutations` to `add`."""
         statements = self._statements
         usual = statements["write_usual"].bind
@@ -232,6 +325,34 @@ class CassandraStore:
         anywhere_heard = statements["write_heard"].bind
         for mutation in mutations:
             device = mutation.device
+            if isinstance(mutation, Update):
+                time_us = mutation.time_us
+                shadow = mutation.shadow
+                # The static column goes with the first leaf.
+                heard = True
+                for section, path, value in mutation.writes:
+                    if not shadow and section == "reported":
+                        if heard:
+                            heard = False
+                            add(usual_heard([time_us, value, _stamp(time_us), device, path]))
+                        else:
+                            add(usual([time_us, value, device, path]))
+                    elif heard:
+                        heard = False
+                        add(
+                            anywhere_heard(
+                                [time_us, value, _stamp(time_us), device, shadow, section, path]
+                            )
+                        )
+                    else:
+                        add(anywhere([time_us, value, device, shadow, section, path]))
+                if mutation.deletes:
+                    self._fill_deletes(
+                        device, [(time_us, shadow, *where) for where in mutation.deletes], add
+                    )
+                if heard:
+                    add(statements["heard"].bind([time_us, _stamp(time_us), device]))
+                continue
             # The static column goes with the first leaf of the latest time.
             heard_us = mutation.heard_us
             for time_us, value, shadow, section, path in mutation.writes:
@@ -294,8 +415,8 @@ async def _cluster(settings: Cassandra) -> Any:
         heartbeat_interval_sec=5,
         idle_timeout_sec=15,
         tcp_keepalive_sec=15,
-        # Half a millisecond for requests to share a system call.
-        coalesce_delay_us=500,
+        # A millisecond for requests to share a system call.
+        coalesce_delay_us=1000,
         log_level="warn",
         logging_callback=_driver_log,
         application_name="shadowsvc",
@@ -340,7 +461,9 @@ def _driver_log(message: Any) -> None:
     level = _DRIVER_LEVELS.get(str(message.log_level).upper(), "warning")
     if "sharding info" in message.message:
         level = "debug"  # every Cassandra that is not a Scylla
-    getattr(_log, level)("cassandra driver", driver_message=message.message)
+    getattr(_log, level)(
+        "cassandra driver", driver_message=message.message, limit_by=message.message
+    )
 
 
 def _mapped(error: Exception) -> StoreError:

@@ -38,6 +38,7 @@ from cassandra.cluster import (
     ExecutionProfile,
     NoHostAvailable,
 )
+from cassandra.connection import ConnectionException
 from cassandra.io.libevreactor import LibevConnection
 from cassandra.policies import (
     DCAwareRoundRobinPolicy,
@@ -312,14 +313,16 @@ def _user(settings: Cassandra) -> str:
 
 def _text(error: Exception) -> str:
     """Return what the error says, on one line, in the server's own words where there are any."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).replace("\\'", "'").split())
     quoted = _SERVER_MESSAGE.search(text)
     return (quoted[1] if quoted else text) or type(error).__name__
 
 
 def is_missing(error: Exception) -> bool:
     """Tell whether the server means that a keyspace, table or column is not there (yet)."""
-    return isinstance(error, InvalidRequest) and _MISSING.search(str(error)) is not None
+    # Setting a keyspace wraps the server's answer once the session has several connections.
+    kinds = (InvalidRequest, ConnectionException)
+    return isinstance(error, kinds) and _MISSING.search(str(error)) is not None
 
 
 def _level(consistency: Any) -> str:

@@ -63,6 +63,8 @@ _STATEMENT_SECONDS = 180.0
 _AGREEMENT_SECONDS = 120.0
 _POLL_SECONDS = 0.2
 
+_SELECT_OWN_SCHEMA = "SELECT schema_version FROM system.local"
+_SELECT_OTHER_SCHEMAS = "SELECT host_id, schema_version FROM system.peers"
 _INSERT_VERSION = (
     "INSERT INTO schema_version (service, version, name, checksum, applied_at, applied_by) "
     "VALUES (%s, %s, %s, %s, toTimestamp(now()), %s)"
@@ -206,9 +208,15 @@ class _Run:
         self._progress(f"warning: {text}")
 
     def run(self, lock_wait_seconds: float) -> MigrationReport:
-        created = self._ensure_keyspace()
-        replication = self._replication()
+        wanted = self._wanted_replication()
+        created = self._select_replication() is None
+        if created:
+            self._create_keyspace(wanted)
         self._enter_keyspace()
+        # Not before: another process's new keyspace is seen before its replication is.
+        replication = self._replication()
+        if not created:
+            self._compare_replication(wanted, replication)
         with driver.errors(self._settings):
             version = current_version(self._session)
         applied: list[str] = []
@@ -241,11 +249,7 @@ class _Run:
             applied.append(file.name)
         return applied
 
-    def _ensure_keyspace(self) -> bool:
-        wanted = self._wanted_replication()
-        if self._select_replication() is not None:
-            self._compare_replication(wanted)
-            return False
+    def _create_keyspace(self, wanted: dict[str, int]) -> None:
         short = self._settings.replication == "auto" and wanted[self._connection.local_dc] < (
             _WANTED_REPLICAS
         )
@@ -262,7 +266,6 @@ class _Run:
             f'CREATE KEYSPACE IF NOT EXISTS "{self._keyspace}" WITH replication = '
             f"{{'class': 'NetworkTopologyStrategy', {options}}} AND durable_writes = true"
         )
-        return True
 
     def _wanted_replication(self) -> dict[str, int]:
         """Return what the setting asks for: replicas by data centre."""
@@ -285,8 +288,7 @@ class _Run:
             )
         return wanted
 
-    def _compare_replication(self, wanted: dict[str, int]) -> None:
-        found = self._replication()
+    def _compare_replication(self, wanted: dict[str, int], found: dict[str, int]) -> None:
         local_dc = self._connection.local_dc
         if self._settings.replication == "auto":
             differs = found.get(local_dc, 0) < wanted[local_dc]
@@ -311,24 +313,22 @@ class _Run:
                 "SELECT replication FROM system_schema.keyspaces WHERE keyspace_name = %s",
                 (self._keyspace,),
             ).one()
-        return None if row is None else dict(row[0])
+        return None if row is None else dict(row[0] or {})
 
     def _change(self, statement: str) -> None:
         """Execute a schema change through the first node, and wait until all nodes agree."""
         with driver.errors(self._settings):
-            self._execute_at_first_node(statement)
-        # The driver waits only if its own request changed something.
+            self._at_first_node(statement)
         self._await_agreement(f"after {statement.partition('(')[0].strip()!r}")
 
-    def _execute_at_first_node(self, statement: str) -> None:
+    def _at_first_node(self, statement: str) -> Any:
         for host in self._connection.nodes(self._connection.local_dc):
             if host.is_up is not False:
                 try:
-                    self._session.execute(statement, host=host)
+                    return self._session.execute(statement, host=host)
                 except NoHostAvailable:  # no connection to this one: the next
                     continue
-                return
-        self._session.execute(statement)
+        return self._session.execute(statement)
 
     def _enter_keyspace(self) -> None:
         """Set the keyspace, which another process may be creating at this moment.
@@ -349,15 +349,34 @@ class _Run:
                 return
 
     def _await_agreement(self, when: str) -> None:
-        control = self._connection.cluster.control_connection
-        with driver.errors(self._settings):
-            agreed = control.wait_for_schema_agreement(wait_time=_AGREEMENT_SECONDS)
-        if not agreed:
-            raise StoreUnavailable(
-                "schema_agreement",
-                f"the nodes did not agree on the schema within {_AGREEMENT_SECONDS:.0f} s {when}: "
-                "look at `nodetool describecluster`, then run `shadowsvc migrate` again",
-            )
+        """Wait until the nodes that are up have the schema of the first node.
+
+        It has to be asked what it knows of the others: another node may not have heard of a change
+        yet and calls it agreement. The driver waits by itself only after a request that changed
+        something, not if another process was first.
+        """
+        deadline = time.monotonic() + _AGREEMENT_SECONDS
+        while True:
+            with driver.errors(self._settings):
+                versions = {row[0] for row in self._at_first_node(_SELECT_OWN_SCHEMA)}
+                down = {
+                    host.host_id
+                    for host in self._connection.cluster.metadata.all_hosts()
+                    if host.is_up is False
+                }
+                for host_id, version in self._at_first_node(_SELECT_OTHER_SCHEMAS):
+                    if version is not None and host_id not in down:
+                        versions.add(version)
+            if len(versions) == 1:
+                return
+            if time.monotonic() >= deadline:
+                raise StoreUnavailable(
+                    "schema_agreement",
+                    "the nodes did not agree on the schema within "
+                    f"{_AGREEMENT_SECONDS:.0f} s {when}: look at `nodetool describecluster`, then "
+                    "run `shadowsvc migrate` again",
+                )
+            time.sleep(_POLL_SECONDS)
 
 
 def _read(name: str) -> str:

@@ -1,0 +1,1 @@
+"""The benchmark: shadowsvc and its peers on the same broker, Cassandra and load; see README.md."""

@@ -1,0 +1,3 @@
+module shadowsvc/bench/loadgen
+
+go 1.25

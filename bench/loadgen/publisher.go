@@ -1,0 +1,116 @@
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"strconv"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// step makes neighbours in time no neighbours in name; it has no factor in common with usual
+	// numbers of devices, so every device has its turn.
+	step = 7919
+	// maxUnacked keeps packet ids of one connection from meeting themselves.
+	maxUnacked = 30_000
+	// ackPause lets the broker's acknowledgements gather: they come one by one, and reading each by
+	// itself would cost more than publishing.
+	ackPause = 5 * time.Millisecond
+)
+
+// A publisher is one connection that publishes with QoS 1.
+type publisher struct {
+	conn    net.Conn
+	sent    int64
+	acked   atomic.Int64
+	payload []byte
+	out     []byte
+}
+
+func connect(broker, clientID string) (*publisher, error) {
+	conn, err := net.Dial("tcp", broker)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := conn.Write(appendConnect(nil, clientID)); err != nil {
+		return nil, err
+	}
+	in := bufio.NewReaderSize(conn, 64*1024)
+	head, err := in.Peek(2)
+	if err != nil {
+		return nil, err
+	}
+	connack := make([]byte, 2+int(head[1]))
+	if _, err := io.ReadFull(in, connack); err != nil {
+		return nil, err
+	}
+	if connack[0]>>4 != typeConnack || connack[3] != 0 {
+		return nil, fmt.Errorf("refused: % x", connack)
+	}
+	p := &publisher{conn: conn}
+	go p.count(in)
+	return p, nil
+}
+
+// count reads PUBACKs.
+func (p *publisher) count(in io.Reader) {
+	buffer := make([]byte, 0, 64*1024)
+	for {
+		n, err := in.Read(buffer[len(buffer):cap(buffer)])
+		if err != nil {
+			return
+		}
+		buffer = buffer[:len(buffer)+n]
+		seen, acked := 0, int64(0)
+		for {
+			first, _, size, err := packet(buffer[seen:])
+			if err != nil {
+				return
+			}
+			if size == 0 {
+				break
+			}
+			seen += size
+			if first>>4 == typePuback {
+				acked++
+			}
+		}
+		p.acked.Add(acked)
+		buffer = buffer[:copy(buffer, buffer[seen:])]
+		time.Sleep(ackPause)
+	}
+}
+
+// add puts one update into the next write: number sequence, published at micros.
+func (p *publisher) add(topics []string, sequence, micros int64) {
+	d := append(p.payload[:0], `{"state":{"reported":{"temp":`...)
+	d = strconv.AppendInt(d, 15+sequence%10, 10)
+	d = append(d, '.', byte('1'+sequence%9))
+	d = append(d, `,"battery":`...)
+	d = strconv.AppendInt(d, sequence%101, 10)
+	if sequence&1 == 0 {
+		d = append(d, `,"power":{"state":"on"},"volume":`...)
+	} else {
+		d = append(d, `,"power":{"state":"off"},"volume":`...)
+	}
+	d = strconv.AppendInt(d, sequence, 10)
+	d = append(d, `}},"timestamp":`...)
+	d = strconv.AppendInt(d, micros, 10)
+	p.payload = append(d, '}')
+	p.sent++
+	id := uint16((p.sent-1)%65_535 + 1)
+	p.out = appendPublish(p.out, topics[sequence*step%int64(len(topics))], id, p.payload)
+}
+
+// flush writes what was added, after the broker acknowledged enough of what went before.
+func (p *publisher) flush() error {
+	for p.sent-p.acked.Load() > maxUnacked {
+		time.Sleep(time.Millisecond)
+	}
+	_, err := p.conn.Write(p.out)
+	p.out = p.out[:0]
+	return err
+}
