@@ -323,6 +323,7 @@ class Link:
             case mqtt5.PingReqPacket():
                 self.write(mqtt5.PingRespPacket().write())
             case mqtt5.DisconnectPacket():
+                assert not self._rest, "bytes after DISCONNECT (MQTT-3.14.4-1)"
                 if self.session is not None and packet.session_expiry_interval is not None:
                     self.session.expiry_seconds = packet.session_expiry_interval
                 self.drop()
@@ -362,6 +363,8 @@ class Server:
         self.errors: list[BaseException] = []
         """What the client did that no client may do."""
         self.port = 0
+        self.resets: list[Exception] = []
+        """Connections that ended by a reset: what was under way may have been lost."""
         self.segment_bytes = 0
         """Send so many bytes at a time, each in a segment of its own; 0: as they come."""
         self._tls: ssl.SSLContext | None = None
@@ -407,9 +410,12 @@ class _ServerProtocol(asyncio.Protocol):
             self._server.errors.append(error)
 
     def eof_received(self) -> bool:
-        return self._server.broker.deaf  # a half-open connection stays open
+        broker = self._server.broker
+        return broker.deaf or mqtt5.DisconnectPacket in broker.silent_on  # stays half-open
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None:
+            self._server.resets.append(exc)
         self._server._transports.discard(self._transport)
         if self._sender is not None:
             self._sender.cancel()

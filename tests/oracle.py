@@ -398,6 +398,8 @@ def _canonical(text: str) -> bytes:
 class Load(threading.Thread):
     """Publishes updates, and some bad documents, until the context is left; owns the oracle.
 
+    Every update leaves a row that no other update writes.
+
     Args:
         oracle: connected; nobody else may use it meanwhile.
         name: what its devices' names begin with.
@@ -431,9 +433,11 @@ class Load(threading.Thread):
                 if self._over.is_set():
                     return
                 device = self._devices[number % len(self._devices)]
-                state = {"n": number, f"of-{number % 5}": {"at": number}, "gone": None}
-                if number % 3:
-                    state["gone"] = {"now": number}
+                # A leaf of its own, so that no later update hides the loss of this one; and
+                # leaves that many updates write and delete.
+                state: dict[str, Any] = {f"only-{number}": number, "last": {"is": number}}
+                if number % 4 == 0:
+                    state["last" if number % 8 else "gone"] = None
                 self.oracle.update(device, {"reported": state})
                 if number % 50 == 0:
                     topic = self.oracle.topic(device)

@@ -136,6 +136,7 @@ class Service:
         self.connection = Connection(
             _endpoint(settings), _session_options(settings, topics), self.pipeline
         )
+        self.pipeline.leave = self.connection.reconnect
         self.exposition = Exposition(
             self.metrics,
             self.ledger,
@@ -220,7 +221,7 @@ class Service:
         if self.settings.cassandra.migrate_on_start:
             await self._until_it_works("migration", self._migrate)
         await self._until_it_works("cassandra", self._connect_store)
-        await self._check_clock()
+        await self._until_it_works("clock", self._check_clock)
         self.topology.start(self.settings.cassandra, on_change=self._topology_changed)
         self.health.store_connected = True
         async with asyncio.TaskGroup() as group:
@@ -328,6 +329,7 @@ class Service:
         return http.Response(200 if started else 503, _TEXT, b"ok\n" if started else b"starting\n")
 
     def _readyz(self, _request: http.Request) -> http.Response:
+        self.health.broker_error = self.connection.last_error
         reasons = self.health.reasons()
         body = orjson.dumps(
             {"ready": not reasons, "reasons": reasons},

@@ -48,12 +48,14 @@ class Rejected(ShadowsvcError):
     """A message can never become an update: it goes to the dead letters.
 
     `reason` is one of `shadowsvc.shadow.document.REASONS` (bounded: it is a metric label);
-    `detail` is for people and may quote limits, never a payload.
+    `detail` is for people and may quote limits, never a payload; `time_us` is the time that the
+    message claimed, in microseconds since 1970, where that was understood.
     """
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, time_us: int | None = None) -> None:
         """Make the rejection."""
         self.reason = reason
+        self.time_us = time_us
         self.detail = detail
         super().__init__(f"{reason}: {detail}")
 

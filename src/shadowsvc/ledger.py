@@ -43,13 +43,12 @@ _PACKERS = [Struct(f">{count}I").pack for count in range(_MAX_PACKED + 1)]
 class Delivery:
     """One message received: its packet id (0 for QoS 0), epoch, size in bytes and receive time.
 
-    `topic` and `packet` are the owner's: what is needed to make a dead letter of the message.
+    `message` is the owner's: what is needed to make a dead letter of it.
     """
 
-    __slots__ = ("done", "epoch", "packet", "packet_id", "received", "size_bytes", "topic")
+    __slots__ = ("done", "epoch", "message", "packet_id", "received", "size_bytes")
 
-    topic: str
-    packet: Any
+    message: Any
 
     def __init__(self, packet_id: int, epoch: int, size_bytes: int, received: float) -> None:
         self.packet_id = packet_id

@@ -57,6 +57,14 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += count
         self.total += value * count
 
+    def observe_each(self, values: Sequence[float]) -> None:
+        """Count every one of `values`; what is below nothing adds nothing to the sum."""
+        bounds = self.bounds
+        counts = self.counts
+        for value in values:
+            counts[bisect_left(bounds, value)] += 1
+        self.total += sum(value for value in values if value > 0)
+
     def buckets(self, scale: float = 1.0) -> list[tuple[str, float]]:
         """Cumulative buckets as Prometheus wants them, bounds divided by `scale`."""
         total = 0

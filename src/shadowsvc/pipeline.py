@@ -206,12 +206,19 @@ class Pipeline:
             return
         now_us = self._now_us
         delivery = ledger.receive(packet_id, size, self._now)
-        delivery.topic = topic
-        delivery.packet = packet
+        properties = packet.user_properties
+        # Not the packet itself: it is the heaviest of all that a held delivery keeps alive.
+        delivery.message = (
+            topic,
+            payload,
+            packet.retain,
+            packet.duplicate,
+            properties or (),
+        )
         try:
-            update = self.decoder.decode(topic, payload, packet.user_properties, now_us)
+            update = self.decoder.decode(topic, payload, properties, now_us)
         except Rejected as rejected:
-            self._reject(delivery, rejected.reason, rejected.detail)
+            self._reject(delivery, rejected.reason, rejected.detail, rejected.time_us)
             return
         except Exception as error:  # noqa: BLE001 - a defect here must not cost the neighbours
             _log.exception("decoding failed", limit_by="decode")
@@ -361,15 +368,10 @@ class Pipeline:
 
     def _durable(self, batch: Batch, mutations: list[Mutations | Update]) -> None:
         metrics = self.metrics
-        observe = metrics.device_to_durable_us.observe
         now_us = time.time_ns() // 1000
-        deliveries: list[Delivery] = []
-        for updates in batch.devices.values():
-            for update in updates:
-                # A device whose clock is ahead of ours counts as no time at all.
-                observe(max(0, now_us - update.time_us))
-                deliveries.append(update.token)  # type: ignore[arg-type]  # set by `publish`
-        count = len(deliveries)
+        updates = batch.updates()
+        metrics.device_to_durable_us.observe_each([now_us - update.time_us for update in updates])
+        count = len(updates)
         metrics.updates_durable += count
         metrics.batch_partitions.observe(len(mutations))
         if count > len(mutations):
@@ -377,7 +379,7 @@ class Pipeline:
             metrics.leaves_merged_away += sum(
                 mutation.merged_away for mutation in mutations if isinstance(mutation, Mutations)
             )
-        self._complete(deliveries)
+        self._complete([update.token for update in updates])  # type: ignore[misc]  # `publish`
 
     async def _write_halves(self, batch: Batch) -> None:
         """Write a refused batch in two parts, on the way to the update that is refused alone."""
@@ -410,7 +412,8 @@ class Pipeline:
         """Make a dead letter of the one update of a batch."""
         if self._still_wanted(batch):
             _log.error("the store refuses an update", error=str(error), limit_by=error.kind)
-            self._reject(_delivery(next(batch.updates())), "refused_by_store", str(error))
+            update = batch.updates()[0]
+            self._reject(_delivery(update), "refused_by_store", str(error), update.time_us)
             self._wake()
 
     async def _write_letter(self, item: _Letter) -> None:
@@ -474,31 +477,33 @@ class Pipeline:
 
     # ---------------------------------------------------------------- deliveries
 
-    def _reject(self, delivery: Delivery, reason: str, detail: str) -> None:
+    def _reject(
+        self, delivery: Delivery, reason: str, detail: str, device_us: int | None = None
+    ) -> None:
         """Make a dead letter of a message, or count it when its sender floods."""
         self.metrics.rejected[reason] += 1
-        packet = delivery.packet
-        topic = delivery.topic
-        sender = topic[:160]
-        if not self._gate.admits(sender, self._now):
+        topic, payload, retain, duplicate, properties = delivery.message
+        device = self.decoder.device_of(topic)
+        if not self._gate.admits(device or topic[:160], self._now):
             self.metrics.dead_letters_suppressed += 1
             self._complete((delivery,))
             return
         letter = DeadLetter.of(
             topic=topic,
-            payload=packet.payload,
-            device=self.decoder.device_of(topic),
+            payload=payload,
+            device=device,
             reason=reason,
             detail=detail,
             received_ms=int((time.time() - (time.monotonic() - delivery.received)) * 1000),
             client_id=self.options.client_id,
-            qos=1 if packet.packet_id else 0,
-            retain=packet.retain,
-            duplicate=packet.duplicate,
-            user_properties=packet.user_properties,
+            device_us=device_us,
+            qos=1 if delivery.packet_id else 0,
+            retain=retain,
+            duplicate=duplicate,
+            user_properties=properties,
         )
         # The row is made: the whole payload need not be held any longer.
-        delivery.packet = None
+        delivery.message = None
         self._letters.append(_Letter(letter, delivery))
 
     def _complete(self, deliveries: Iterable[Delivery]) -> None:

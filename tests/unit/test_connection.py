@@ -536,19 +536,27 @@ async def test_the_last_acks_arrive_although_the_broker_goes_on_sending(paused: 
         made.taker.acks_at_once = False
         link = made.broker.links[0]
         link.receive_maximum = 500 if paused else 10
-        made.publish(*[bytes(20_000)] * 500)
+        made.publish(*[bytes(4000)] * 500)
         await until(lambda: len(made.taker.taken) >= 10)
         for _ in range(10):
             made.taker.ack(1)
-        made.publish(*[bytes(20_000)] * 200)
+        protocol = made.connection._protocol
+        assert protocol is not None
+        await until(lambda: protocol.paused == paused)
+        made.publish(*[bytes(4000)] * 200)
         await made.connection.finish()
         await until(lambda: link.is_closed)
         assert link.farewell == 0
         assert len(made.broker.acked) >= 10
         assert link.count(mqtt5.PubAckPacket) == made.taker.ledger.acknowledged
+        await until(lambda: not made.server._transports)
+        assert made.server.resets == []
 
 
-async def test_nothing_is_sent_after_the_farewell_and_nothing_taken() -> None:
+async def test_nothing_is_sent_after_the_farewell_and_nothing_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connection_module, "_FAREWELL_SECONDS", 0.2)
     async with bench() as made:
         made.taker.acks_at_once = False
         made.publish(b"1")

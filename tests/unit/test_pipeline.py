@@ -511,6 +511,10 @@ async def test_in_an_outage_a_resumed_session_drops_what_waits_for_its_next_atte
         await until(lambda: made.pipeline.failing)
         await made.connect(session_present=True)
         assert made.ledger.held == 0
+        await turns()
+        asked = len(made.store.asked)
+        await turns()
+        assert len(made.store.asked) == asked
         made.deliver(*"abcdef", duplicate=True)
         made.store.error = None
         await made.settle()

@@ -96,6 +96,8 @@ class Connection:
         self.options = options
         self.receive_maximum = 0
         """What the present connection announced."""
+        self.last_error: str | None = None
+        """What ended the last connection, for people."""
         self._ingest = ingest
         self._jitter = jitter
         self._protocol: _Protocol | None = None
@@ -122,6 +124,7 @@ class Connection:
                         broker=f"{self.endpoint.host}:{self.endpoint.port}",
                         retry_seconds=round(delay, 3),
                     )
+                self.last_error = str(error)
                 self._ingest.disconnected(error.reason)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(delay):

@@ -137,7 +137,7 @@ class Decoder:
         self._paths: dict[str, dict[str, str]] = {}
         self._learned = 0
 
-    def decode(  # noqa: C901, PLR0912 - calls cost more than lines here
+    def decode(  # noqa: C901, PLR0912, PLR0915 - calls cost more than lines here
         self,
         topic: str,
         payload: bytes,
@@ -342,6 +342,7 @@ class Decoder:
                     "time_in_future",
                     f"{ahead} s ahead, SHADOWSVC_SHADOW__MAX_AHEAD_SECONDS is "
                     f"{limits.max_ahead_us // _SECOND_US}",
+                    time_us,
                 )
         elif time_us < now_us - limits.max_age_us and self.clock_trusted:
             if limits.on_ancient == "server_time":
@@ -350,6 +351,7 @@ class Decoder:
                 "time_too_old",
                 f"{(now_us - time_us) // _SECOND_US} s old, deletes are remembered for "
                 f"{limits.max_age_us // _SECOND_US} s (gc_grace_seconds less a margin)",
+                time_us,
             )
         return time_us
 

@@ -29,10 +29,9 @@ class Batch:
         self.devices: dict[str, list[Update]] = {}
         self.size_bytes = 0
 
-    def updates(self) -> Iterator[Update]:
+    def updates(self) -> list[Update]:
         """Every update of the batch."""
-        for updates in self.devices.values():
-            yield from updates
+        return [update for updates in self.devices.values() for update in updates]
 
     def __len__(self) -> int:
         return sum(map(len, self.devices.values()))

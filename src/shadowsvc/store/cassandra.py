@@ -60,9 +60,10 @@ _STATEMENTS = {
     + _SECTION
     + " AND path >= ? AND path < ?",
     "delete_section": "DELETE FROM {keyspace}.shadow USING TIMESTAMP ? " + _SECTION,
-    "dead_letter": "INSERT INTO {keyspace}.dead_letter (bucket, shard, received_at, id, client_id, "
-    "device, topic, reason, detail, payload, payload_bytes, payload_sha256, qos, retain, "
-    "duplicate, user_properties) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) USING TTL ?",
+    "dead_letter": "INSERT INTO {keyspace}.dead_letter (bucket, shard, received_at, id, "
+    "client_id, device, topic, reason, detail, payload, payload_bytes, payload_sha256, qos, "
+    "retain, duplicate, user_properties, device_time) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) USING TTL ?",
 }
 
 # Refusals of the request itself. All else, schema, grants and login included, is an outage.
@@ -267,6 +268,7 @@ class CassandraStore:
                     letter.retain,
                     letter.duplicate,
                     letter.user_properties,
+                    None if letter.device_ms is None else _stamp(letter.device_ms * 1000),
                     self._ttl,
                 ],
                 timeout=self._timeout,

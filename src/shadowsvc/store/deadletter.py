@@ -42,6 +42,7 @@ class DeadLetter:
     bucket_ms: int
     shard: int
     received_ms: int
+    device_ms: int | None
     id: uuid.UUID
     client_id: str
     device: str | None
@@ -66,6 +67,7 @@ class DeadLetter:
         reason: str,
         detail: str,
         received_ms: int,
+        device_us: int | None = None,
         client_id: str,
         qos: int,
         retain: bool,
@@ -82,6 +84,7 @@ class DeadLetter:
             bucket_ms=received_ms - received_ms % _HOUR_MS,
             shard=letter_id.int % SHARDS,
             received_ms=received_ms,
+            device_ms=None if device_us is None else device_us // 1000,
             id=letter_id,
             client_id=client_id,
             device=None if device is None else _text(device, _MAX_DEVICE_CHARS),
