@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlsplit
 
 import paho.mqtt.client as paho
 from cassandra.concurrent import execute_concurrent_with_args
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
@@ -105,9 +106,7 @@ class Oracle:
         self._answered = threading.Event()
         self._connected = threading.Event()
         self._broker = broker
-        self._client = paho.Client(
-            paho.CallbackAPIVersion.VERSION2, protocol=paho.MQTTProtocolVersion.MQTTv5
-        )
+        self._client = paho.Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
         self._client.max_inflight_messages_set(0)  # the window is ours
         self._client.reconnect_delay_set(1, 1)
         self._client.on_connect = lambda *_: self._connected.set()
@@ -197,7 +196,7 @@ class Oracle:
         self._room()
         known: Properties | None = None
         if properties:
-            known = Properties(PacketTypes.PUBLISH)
+            known = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
             known.UserProperty = list(properties)
         self.sent.append(sent)
         info = self._client.publish(topic, payload, qos, retain, known)

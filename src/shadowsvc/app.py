@@ -52,6 +52,7 @@ _log = structlog.get_logger(__name__)
 _CHECK_SECONDS = 60.0
 _CHECK_SECONDS_IN_DOUBT = 2.0
 _LAG_SECONDS = 0.5
+_CLOSE_SECONDS = 1.0
 _GC_GRACE_MARGIN = 0.1
 _JSON = "application/json"
 _TEXT = "text/plain; charset=utf-8"
@@ -199,10 +200,12 @@ class Service:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.pipeline.close()
-        await asyncio.to_thread(self.topology.stop)
+        # Neither may hold up the exit: what they still do ends with the process.
         with contextlib.suppress(TimeoutError, StoreError):
-            async with asyncio.timeout(2):
-                await self.store.close()
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await asyncio.gather(
+                    asyncio.to_thread(self.topology.stop, _CLOSE_SECONDS), self.store.close()
+                )
         if self._http is not None:
             await self._http.close()
         _log.info(

@@ -253,8 +253,8 @@ def configure(
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(number)
-    # What the driver tells at INFO our own events tell better.
-    quiet = number if number <= logging.DEBUG else max(number, logging.WARNING)
+    # What the driver tells, with a traceback every ten seconds of an outage, our own events tell.
+    quiet = number if number <= logging.DEBUG else logging.CRITICAL
     logging.getLogger("cassandra").setLevel(quiet)
     logging.captureWarnings(capture=True)
     _State.writer, _State.handler = writer, handler

@@ -116,10 +116,10 @@ async def test_a_publish_that_the_broker_refuses_fails(tmp_path: Path) -> None:
 
 async def test_a_refused_login_names_the_settings() -> None:
     with Mosquitto(users={"device": "right"}) as broker:
-        login = settings(broker, username="device", password="right")  # noqa: S106 - this broker's own
+        login = settings(broker, username="device", password="right")
         async with Publisher(login, client_id="login") as publisher:
             assert await publisher.publish("login", b"x") == NO_MATCHING_SUBSCRIBERS
-        bad = settings(broker, username="device", password="wrong")  # noqa: S106
+        bad = settings(broker, username="device", password="wrong")
         wrong = Publisher(bad, client_id="login")
         with pytest.raises(MqttRefused, match="SHADOWSVC_MQTT__PASSWORD") as caught:
             await wrong.__aenter__()

@@ -184,7 +184,12 @@ def test_every_answer_in_suback_is_a_grant_or_a_named_refusal(driver: Driver, co
     reason = mqtt5.SubAckReasonCode(code)
     granted = mqtt5.SubAckReasonCode.GRANTED_QOS_AT_LEAST_ONCE
     answer = mqtt5.SubAckPacket(1, [granted, reason]).write()
-    if code < 0x80:
+    if code == 0:
+        # A share at QoS 0 repeats nothing: it would make every acknowledgement worthless.
+        with pytest.raises(MqttRefused, match="QoS 1 must be allowed") as caught:
+            driver.feed(answer)
+        assert caught.value.reason == "suback_qos_0"
+    elif code < 0x80:
         driver.feed(answer)
         assert driver.events[-1] == Subscribed()
     else:

@@ -309,6 +309,11 @@ class Session:
                     f"the broker refused the subscription {pattern} with {code.name} "
                     f"({int(code)}); look at its ACL for SHADOWSVC_MQTT__USERNAME",
                 )
+        if any(int(code) < 1 for code in packet.reason_codes):
+            # At QoS 0 nothing is ever repeated: the promise of durability would be void.
+            raise MqttRefused(
+                "suback_qos_0", "the broker grants QoS 0 alone; QoS 1 must be allowed for the share"
+            )
         if len(packet.reason_codes) != len(self.options.filters):
             raise ProtocolViolation(_PROTOCOL_ERROR, "SUBACK does not answer every filter")
         self.state = State.LIVE
