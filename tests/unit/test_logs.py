@@ -194,13 +194,22 @@ def test_a_repeated_warning_of_a_library_is_limited_by_its_template(tmp_path: Pa
     clock = Clock()
     log = Log(tmp_path / "log", "INFO", "json", clock)
     for attempt in range(5):
-        logging.getLogger("cassandra.pool").warning("attempt %d failed", attempt)
+        logging.getLogger("library.pool").warning("attempt %d failed", attempt)
         logging.getLogger("library").info("attempt %d", attempt)
     clock.now = 10.0
-    logging.getLogger("cassandra.pool").warning("attempt %d failed", 5)
+    logging.getLogger("library.pool").warning("attempt %d failed", 5)
     events = [event for event in log.events() if event["level"] == "warning"]
     assert [event["event"] for event in events] == ["attempt 0 failed", "attempt 5 failed"]
     assert events[1]["suppressed"] == 4
+
+
+def test_what_the_cassandra_driver_says_of_an_outage_is_left_to_our_own_events(
+    tmp_path: Path,
+) -> None:
+    log = Log(tmp_path / "log", "INFO", "json", Clock())
+    logging.getLogger("cassandra.cluster").warning("[control connection] Error connecting")
+    logging.getLogger("library").warning("said")
+    assert [event["event"] for event in log.events()] == ["said"]
 
 
 def test_the_limit_on_repeated_events_remembers_a_bounded_number() -> None:
