@@ -208,13 +208,13 @@ class Topology:
                     self._watch(connection, settings, refresh_seconds, on_change)
             except StoreError as error:
                 failures += 1
-                if failures == 1:
+                if failures == 1 and not self._stopping:
                     _log.warning("topology_unavailable", kind=error.kind, error=str(error))
                 self._pause(settings, failures)
             except Exception:  # noqa: BLE001
                 # Grouping is an optimisation: it must not end for good, whatever the driver does.
                 failures += 1
-                if failures == 1:
+                if failures == 1 and not self._stopping:
                     _log.exception("topology_failed")
                 self._pause(settings, failures)
 
