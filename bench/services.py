@@ -137,12 +137,5 @@ SERVICES: Mapping[str, Service] = {
     )
 }
 
-DEFAULT_SERVICES = (
-    "shadowsvc",
-    "go-single",
-    "go-batch",
-    "shadowsvc-32",
-    "go-batch-32",
-    "bento",
-)
+DEFAULT_SERVICES = ("shadowsvc", "go-single", "go-batch", "bento")
 REFERENCE = "go-single"
