@@ -114,7 +114,7 @@ class Batcher:
 
 def halves(batch: Batch) -> tuple[Batch, Batch] | None:
     """Split a refused batch in two, by devices and then by updates; None when one is left."""
-    updates = list(batch.updates())
+    updates = batch.updates()
     if len(updates) <= 1:
         return None
     if len(batch.devices) > 1:

@@ -21,6 +21,7 @@ import structlog
 from acsylla import errors as driver_errors
 
 from shadowsvc.errors import SchemaBehind, StoreError, StoreRefused, StoreUnavailable
+from shadowsvc.shadow.merge import merge
 from shadowsvc.shadow.update import Update
 from shadowsvc.store.migrate import SELECT_VERSIONS, verify
 
@@ -149,25 +150,22 @@ class CassandraStore:
         have been written, and writing it again is safe.
         """
         try:
-            prepared = self._shape(mutations)
-            if prepared is not None:
-                await self._session.execute(self._bind_shape(prepared, mutations))
-            else:
-                await self._execute_batch(self._batch(mutations))
+            execute, request = self.build(mutations)
+            await execute(request)
         except Exception as error:
             raise _mapped(error) from error
 
-    def build(self, mutations: Sequence[Mutations | Update]) -> Any:
-        """Return the request that `write` sends; for the benchmark of stages."""
+    def build(self, mutations: Sequence[Mutations | Update]) -> tuple[Any, Any]:
+        """Return what `write` awaits, and with what: the first half of a write."""
         prepared = self._shape(mutations)
         if prepared is not None:
-            return self._bind_shape(prepared, mutations)
-        return self._batch(mutations)
-
-    def _batch(self, mutations: Sequence[Mutations | Update]) -> Any:
+            return self._session.execute, self._bind_shape(prepared, mutations)
         batch = acsylla.create_batch_unlogged(timeout=self._timeout)
-        self._fill(mutations, batch.add_statement)
-        return batch
+        self._fill(
+            (merge((part,)) if isinstance(part, Update) else part for part in mutations),
+            batch.add_statement,
+        )
+        return self._execute_batch, batch
 
     def _shape(self, mutations: Sequence[Mutations | Update]) -> Any:
         """Return the prepared statement that is the whole of this batch, if there is one.
@@ -225,7 +223,7 @@ class CassandraStore:
             for _, path, value in update.writes:
                 if heard:
                     heard = False
-                    values += (time_us, value, (time_us // 1000 + 0.5) / 1000, device, path)
+                    values += (time_us, value, _stamp(time_us), device, path)
                 else:
                     values += (time_us, value, device, path)
         return prepared.bind(values, None, None, self._timeout)
@@ -316,9 +314,7 @@ class CassandraStore:
         except Exception as error:
             raise _mapped(error) from error
 
-    def _fill(  # noqa: C901, PLR0912 - calls cost more than lines here
-        self, mutations: Iterable[Mutations | Update], add: Any
-    ) -> None:
+    def _fill(self, mutations: Iterable[Mutations], add: Any) -> None:
         """Hand every statement of `mutations` to `add`."""
         statements = self._statements
         usual = statements["write_usual"].bind
@@ -327,34 +323,6 @@ class CassandraStore:
         anywhere_heard = statements["write_heard"].bind
         for mutation in mutations:
             device = mutation.device
-            if isinstance(mutation, Update):
-                time_us = mutation.time_us
-                shadow = mutation.shadow
-                # The static column goes with the first leaf.
-                heard = True
-                for section, path, value in mutation.writes:
-                    if not shadow and section == "reported":
-                        if heard:
-                            heard = False
-                            add(usual_heard([time_us, value, _stamp(time_us), device, path]))
-                        else:
-                            add(usual([time_us, value, device, path]))
-                    elif heard:
-                        heard = False
-                        add(
-                            anywhere_heard(
-                                [time_us, value, _stamp(time_us), device, shadow, section, path]
-                            )
-                        )
-                    else:
-                        add(anywhere([time_us, value, device, shadow, section, path]))
-                if mutation.deletes:
-                    self._fill_deletes(
-                        device, [(time_us, shadow, *where) for where in mutation.deletes], add
-                    )
-                if heard:
-                    add(statements["heard"].bind([time_us, _stamp(time_us), device]))
-                continue
             # The static column goes with the first leaf of the latest time.
             heard_us = mutation.heard_us
             for time_us, value, shadow, section, path in mutation.writes:
