@@ -225,7 +225,7 @@ class Pipeline:
             self._reject(delivery, "internal_error", type(error).__name__)
             return
         metrics.decoded += 1
-        if update.writes or update.deletes:
+        if update.paths or update.deletes:
             update.token = delivery
             self.batcher.add(update)
         else:

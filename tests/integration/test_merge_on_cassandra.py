@@ -51,7 +51,7 @@ TIMES = st.sampled_from([T0, T0 + 1, T0 + 999, T0 + 1000])
 
 
 def updates(device: str, shape: list[Any]) -> list[Update]:
-    return [Update(device, *fields, size_bytes=100) for fields in shape]
+    return [Update.of(device, *fields, size_bytes=100) for fields in shape]
 
 
 SHAPES = st.lists(

@@ -30,7 +30,7 @@ SHADOWS = st.sampled_from(["", "", "s"])
 VALUES = st.sampled_from([b"1", b"10", b"2", b'"z"', '"é"'.encode(), b"true", b"[null]", b"-1"])
 TIMES = st.integers(0, 3).map(lambda tick: T0 + tick)
 UPDATES = st.builds(
-    Update,
+    Update.of,
     st.just("d"),
     SHADOWS,
     TIMES,
@@ -149,7 +149,7 @@ def update(
     deletes: tuple[str, ...] = (),
     section: str = "reported",
 ) -> Update:
-    return Update(
+    return Update.of(
         "d",
         "",
         time_us,
@@ -203,7 +203,7 @@ def test_the_last_time_of_all_is_heard_even_when_its_leaves_were_merged_away() -
 
 
 def test_shadows_of_a_device_are_merged_side_by_side() -> None:
-    named = Update("d", "s", 2, [("reported", "/a", b"2")], [], 1)
+    named = Update.of("d", "s", 2, [("reported", "/a", b"2")], [], 1)
     merged = merge([update(1, {"/a": b"1"}), named, update(3, deletes=("",))])
     assert set(merged.writes) == {(1, b"1", "", "reported", "/a"), (2, b"2", "s", "reported", "/a")}
     assert merged.deletes == [(3, "", "reported", "")]

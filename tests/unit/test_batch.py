@@ -22,7 +22,7 @@ def group_of(device: str) -> int:
 
 
 def update(device: str, size: int = 10, time_us: int = 1) -> Update:
-    return Update(device, "", time_us, [("reported", "/a", b"1")], [], size)
+    return Update.of(device, "", time_us, [("reported", "/a", b"1")], [], size)
 
 
 def arrive(batcher: Batcher, arrivals: list[tuple[str, int]]) -> list[Update]:

@@ -24,7 +24,7 @@ from shadowsvc.errors import Rejected
 from shadowsvc.shadow.update import SECTIONS, Update
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from shadowsvc.shadow.topic import TopicParser
 
@@ -70,6 +70,11 @@ _DIGITS_LOOK_ALIKE: Final = bytes(
 )
 _LONG_RUN: Final = b"0" * 17
 _EXPONENT: Final = b"0e"
+
+# What makes a document worth a closer look, as bits.
+_NUMBERS: Final = 1
+_ARRAYS: Final = 2
+_A_LINE_EACH: Final = orjson.OPT_INDENT_2
 
 _ESCAPED_NUL: Final = b"\\u0000"
 _ABSENT: Final = object()
@@ -162,52 +167,58 @@ class Decoder:
             raise _unreadable(payload, error) from None
         if document.__class__ is not dict:
             raise Rejected("wrong_type", "the document is not an object")
-        writes: list[tuple[str, str, bytes]] = []
+        paths: list[str] = []
+        leaves: list[Any] = []
         deletes: list[tuple[str, str]] = []
-        doubtful = False
+        doubtful = 0
+        desired_from = 0
         state = document.get("state", _ABSENT)
         if state.__class__ is dict:
-            for section, content in state.items():
-                if section not in SECTIONS:
+            sections = 0
+            content = state.get("reported", _ABSENT)
+            if content is not _ABSENT:
+                sections = 1
+                if content.__class__ is dict:
+                    doubtful = self._flatten(content, "reported", "", 1, paths, leaves, deletes)
+                    desired_from = len(paths)
+                else:
+                    _delete_section(content, "reported", deletes)
+            if len(state) > sections:
+                content = state.get("desired", _ABSENT)
+                if content is _ABSENT or len(state) > sections + 1:
                     raise Rejected("wrong_type", "state holds reported and desired only")
                 if content.__class__ is dict:
-                    if self._flatten(content, section, "", 1, writes, deletes):
-                        doubtful = True
-                elif content is None:
-                    deletes.append((section, ""))
+                    doubtful |= self._flatten(content, "desired", "", 1, paths, leaves, deletes)
                 else:
-                    raise Rejected("wrong_type", f"state.{section} is not an object")
+                    _delete_section(content, "desired", deletes)
         elif state is None:
             deletes.extend((section, "") for section in SECTIONS)
         else:
             what = "the document has no state" if state is _ABSENT else "state is not an object"
             raise Rejected("wrong_type", what)
-        leaves = len(writes) + len(deletes)
-        if leaves > limits.max_leaves:
+        count = len(paths) + len(deletes)
+        if count > limits.max_leaves:
             raise Rejected(
                 "too_many_leaves",
-                f"{leaves} leaves, SHADOWSVC_SHADOW__MAX_LEAVES is {limits.max_leaves}",
+                f"{count} leaves, SHADOWSVC_SHADOW__MAX_LEAVES is {limits.max_leaves}",
             )
         if size > limits.max_path_bytes or payload.find(_ESCAPED_NUL) >= 0:
-            self._check_paths(writes, deletes)
+            self._check_paths(paths, deletes)
         if doubtful:
             if limits.max_path_bytes >= size > limits.max_path_bytes // 2:
-                self._check_paths(writes, deletes)  # an escaped key is up to twice as long
+                self._check_paths(paths, deletes)  # an escaped key is up to twice as long
             digits = payload.translate(_DIGITS_LOOK_ALIKE)
             # `find` takes half the time of `in` on bytes.
             if digits.find(_LONG_RUN) >= 0 or digits.find(_EXPONENT) >= 0:
                 _check_numbers(payload)
         time_us = self._time(document, user_properties, now_us)
-        weight = size + leaves * _ROW_OVERHEAD_BYTES
-        if size * leaves > _PLAIN_BYTES:
+        values = _texts(leaves, doubtful)
+        weight = size + count * _ROW_OVERHEAD_BYTES
+        if size * count > _PLAIN_BYTES:
             # Leaves may share a long path, which each of them repeats in its row.
-            weight = leaves * _ROW_OVERHEAD_BYTES
-            weight += sum(len(path) + len(value) for _, path, value in writes)
+            weight = count * _ROW_OVERHEAD_BYTES + sum(map(len, paths)) + sum(map(len, values))
             weight += sum(len(path) for _, path in deletes)
-        update = Update(device, shadow, time_us, writes, deletes, weight)
-        if not shadow and not deletes and writes and len(state) == 1 and "reported" in state:
-            update.is_usual = True
-        return update
+        return Update(device, shadow, time_us, paths, values, desired_from, deletes, weight)
 
     def device_of(self, topic: str) -> str | None:
         """Return the device that `topic` names, or None when it names none."""
@@ -221,18 +232,18 @@ class Decoder:
         self._last_receive_us = last = max(now_us, self._last_receive_us + 1)
         return last
 
-    def _flatten(  # noqa: C901 - calls cost more than lines here
+    def _flatten(
         self,
         node: dict[str, Any],
         section: str,
         prefix: str,
         depth: int,
-        writes: list[tuple[str, str, bytes]],
+        found: list[str],
+        leaves: list[Any],
         deletes: list[tuple[str, str]],
-        dumps: Callable[[Any], bytes] = orjson.dumps,
-    ) -> bool:
-        """Append the leaves below `node`; True when numbers or paths need a closer look."""
-        doubtful = False
+    ) -> int:
+        """Append paths and values below `node`; return which closer looks they need (bits)."""
+        doubtful = 0
         paths = self._paths.get(prefix)
         if paths is None:
             paths = self._learn_prefix(prefix)
@@ -241,24 +252,24 @@ class Decoder:
             if path is None:
                 if "~" in key or "/" in key:
                     path = f"{prefix}/{key.replace('~', '~0').replace('/', '~1')}"
-                    doubtful = True
+                    doubtful |= _NUMBERS
                 else:
                     path = self._learn_path(paths, prefix, key)
             kind = value.__class__
             if kind is dict:
                 if depth >= self.limits.max_depth:
                     raise _too_deep(self.limits.max_depth)
-                if self._flatten(value, section, path, depth + 1, writes, deletes):
-                    doubtful = True
+                doubtful |= self._flatten(value, section, path, depth + 1, found, leaves, deletes)
             elif value is None:
                 deletes.append((section, path))
             else:
                 if kind is float:
-                    doubtful = True
+                    doubtful |= _NUMBERS
                 elif kind is list:
-                    doubtful = True
+                    doubtful |= _NUMBERS | _ARRAYS
                     _check_depth(value, depth, self.limits.max_depth)
-                writes.append((section, path, dumps(value)))
+                found.append(path)
+                leaves.append(value)
         return doubtful
 
     def _learn_prefix(self, prefix: str) -> dict[str, str]:
@@ -275,11 +286,9 @@ class Decoder:
             paths[key] = path
         return path
 
-    def _check_paths(
-        self, writes: list[tuple[str, str, bytes]], deletes: list[tuple[str, str]]
-    ) -> None:
+    def _check_paths(self, paths: list[str], deletes: list[tuple[str, str]]) -> None:
         limit = self.limits.max_path_bytes
-        for path in (*(write[1] for write in writes), *(delete[1] for delete in deletes)):
+        for path in (*paths, *(path for _, path in deletes)):
             # The driver takes text as a C string: a NUL would cut the path short.
             if "\0" in path:
                 raise Rejected("bad_key", "a key holds U+0000")
@@ -358,6 +367,25 @@ class Decoder:
     def _given_time(self, now_us: int) -> int:
         self.without_device_time += 1
         return self.receive_time_us(now_us)
+
+
+def _texts(leaves: list[Any], doubtful: int, dumps: Any = orjson.dumps) -> list[bytes]:
+    """Return the JSON text of each leaf.
+
+    All in one call, a line each: a bytes object that a serializer made by itself lies in a kibibyte
+    of its own first, which costs ten times as much as what is in it. JSON text has no raw line
+    feed within a scalar (RFC 8259 §7); arrays would be broken into lines and go one by one.
+    """
+    if doubtful & _ARRAYS:
+        return [dumps(leaf) for leaf in leaves]
+    text: bytes = dumps(leaves, None, _A_LINE_EACH)
+    return text[4:-2].split(b",\n  ") if leaves else []
+
+
+def _delete_section(content: object, section: str, deletes: list[tuple[str, str]]) -> None:
+    if content is not None:
+        raise Rejected("wrong_type", f"state.{section} is not an object")
+    deletes.append((section, ""))
 
 
 def _unreadable(payload: bytes, error: orjson.JSONDecodeError) -> Rejected:

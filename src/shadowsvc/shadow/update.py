@@ -7,10 +7,10 @@ UTF-8 bytes; times are microseconds since 1970, UTC. Must not come in: behaviour
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 __all__ = ["SECTIONS", "Mutations", "Update"]
 
@@ -19,17 +19,22 @@ SECTIONS = ("reported", "desired")
 
 
 class Update:
-    """One decoded message: leaves set and leaves or sections deleted, all at one time."""
+    """One decoded message: leaves set and leaves or sections deleted, all at one time.
+
+    Leaves lie in two lists side by side, those of `reported` before those of `desired`: held
+    updates are many, and a tuple for each leaf would be most of what they weigh.
+    """
 
     __slots__ = (
         "deletes",
+        "desired_from",
         "device",
-        "is_usual",
+        "paths",
         "shadow",
         "size_bytes",
         "time_us",
         "token",
-        "writes",
+        "values",
     )
 
     def __init__(
@@ -37,25 +42,70 @@ class Update:
         device: str,
         shadow: str,
         time_us: int,
-        writes: list[tuple[str, str, bytes]],
+        paths: list[str],
+        values: list[bytes],
+        desired_from: int,
         deletes: list[tuple[str, str]],
         size_bytes: int,
     ) -> None:
         """Make an update.
 
-        `writes` holds (section, path, JSON text), `deletes` (section, path) where the path `""`
-        stands for the whole section; `size_bytes` is what the update weighs in a batch.
+        `values[i]` is the JSON text of the leaf `paths[i]`; those from `desired_from` on belong to
+        `desired`. `deletes` holds (section, path) where the path `""` stands for the whole
+        section; `size_bytes` is what the update weighs in a batch.
         """
         self.device = device
         self.shadow = shadow
         self.time_us = time_us
-        self.writes = writes
+        self.paths = paths
+        self.values = values
+        self.desired_from = desired_from
         self.deletes = deletes
         self.size_bytes = size_bytes
-        self.is_usual = False
-        """Whether it does nothing but set reported leaves of the unnamed shadow, as most do."""
         self.token: object = None
         """Whatever the owner needs back when the update is durable (the delivery)."""
+
+    @classmethod
+    def of(
+        cls,
+        device: str,
+        shadow: str,
+        time_us: int,
+        writes: Iterable[tuple[str, str, bytes]],
+        deletes: Iterable[tuple[str, str]],
+        size_bytes: int,
+    ) -> Self:
+        """Make an update of `writes`, (section, path, JSON text) in any order."""
+        ordered = sorted(writes, key=lambda write: SECTIONS.index(write[0]))
+        return cls(
+            device,
+            shadow,
+            time_us,
+            [path for _, path, _ in ordered],
+            [value for _, _, value in ordered],
+            sum(section == "reported" for section, _, _ in ordered),
+            list(deletes),
+            size_bytes,
+        )
+
+    @property
+    def writes(self) -> list[tuple[str, str, bytes]]:
+        """Leaves set: (section, path, JSON text)."""
+        reported, desired = SECTIONS
+        return [
+            (reported if index < self.desired_from else desired, path, value)
+            for index, (path, value) in enumerate(zip(self.paths, self.values, strict=True))
+        ]
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether it does nothing but set reported leaves of the unnamed shadow, as most do."""
+        return (
+            not self.shadow
+            and not self.deletes
+            and self.desired_from == len(self.paths)
+            and self.desired_from > 0
+        )
 
     def __repr__(self) -> str:
         return (

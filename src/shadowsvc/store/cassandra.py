@@ -178,10 +178,10 @@ class CassandraStore:
         for mutation in mutations:
             if not isinstance(mutation, Update) or not mutation.is_usual:
                 return None
-            if leaves != len(mutation.writes):
+            if leaves != mutation.desired_from:
                 if leaves:
                     return None
-                leaves = len(mutation.writes)
+                leaves = mutation.desired_from
         shape = len(mutations), leaves
         prepared = self._shapes.get(shape)
         if prepared is None and shape not in self._shapes:
@@ -219,13 +219,11 @@ class CassandraStore:
         for update in updates:
             time_us = update.time_us
             device = update.device
-            heard = True
-            for _, path, value in update.writes:
-                if heard:
-                    heard = False
-                    values += (time_us, value, _stamp(time_us), device, path)
-                else:
-                    values += (time_us, value, device, path)
+            paths = update.paths
+            leaves = update.values
+            values += (time_us, leaves[0], _stamp(time_us), device, paths[0])
+            for at in range(1, len(paths)):
+                values += (time_us, leaves[at], device, paths[at])
         return prepared.bind(values, None, None, self._timeout)
 
     async def write_in_parts(self, mutations: Mutations) -> None:
