@@ -21,7 +21,7 @@ from backing.errors import BackingError
 from backing.interface import Broker, Database, Service
 from backing.mosquitto import ListenerTls, Mosquitto
 from backing.ports import free_port
-from backing.proxy import Direction, FaultProxy, ProxyCounts, Tap
+from backing.proxy import Direction, FaultProxy, ProxyCounts, Tap, Watch
 
 __all__ = [
     "BackingError",
@@ -39,6 +39,7 @@ __all__ = [
     "ProxyCounts",
     "Service",
     "Tap",
+    "Watch",
     "broker",
     "choose",
     "connect",

@@ -251,19 +251,12 @@ class CassandraCluster:
         self._own_folder = folder is None
         self.folder = folder or Path(tempfile.mkdtemp(prefix="shadowsvc-cassandra-"))
         self.port = free_port(addresses)
-        storage_port = free_port(addresses)
-        self.nodes = tuple(
-            Cassandra(
-                folder=self.folder / address,
-                address=address,
-                port=self.port,
-                storage_port=storage_port,
-                seeds=addresses[:1],
-                heap=heap,
-                **options,
-            )
-            for address in addresses
-        )
+        self._storage_port = free_port(addresses)
+        self._heap = heap
+        self._options = options
+        self._last_number = size
+        self._seeds = addresses[:1]
+        self.nodes = tuple(self._node(address) for address in addresses)
 
     @property
     def contact_points(self) -> tuple[str, ...]:
@@ -284,6 +277,25 @@ class CassandraCluster:
         for node in self.nodes:
             if not node.running:
                 node.start(limit_seconds)
+
+    def add(self, *, replaces: Cassandra | None = None) -> Cassandra:
+        """Make one more node, at the next address; it is not started.
+
+        Started, it streams what it is to hold before it answers CQL. With `replaces`, a node that
+        has ended and is not the seed, it takes over that one's tokens, and `nodes` has it instead.
+
+        Args:
+            replaces: the node that will never come back.
+        """
+        self._last_number += 1
+        more = dict(self._options)
+        more["settings"] = {**(more.get("settings") or {}), "auto_bootstrap": True}
+        if replaces is not None:
+            option = f"-Dcassandra.replace_address_first_boot={replaces.address}"
+            more["jvm_options"] = (*more.get("jvm_options", ()), option)
+        node = self._node(f"127.0.0.{self._last_number}", **more)
+        self.nodes = (*(one for one in self.nodes if one is not replaces), node)
+        return node
 
     def stop(self) -> None:
         """Stop all nodes, the last first."""
@@ -309,6 +321,17 @@ class CassandraCluster:
                 node.stop()
         if self._own_folder:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _node(self, address: str, **more: Any) -> Cassandra:
+        return Cassandra(
+            folder=self.folder / address,
+            address=address,
+            port=self.port,
+            storage_port=self._storage_port,
+            seeds=self._seeds,
+            heap=self._heap,
+            **(more or self._options),
+        )
 
     def __enter__(self) -> Self:
         try:

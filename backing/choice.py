@@ -114,7 +114,7 @@ def _choose() -> tuple[Kind, str]:
     if given:
         _check_addresses()
         return Kind.ADDRESSES, f"{MQTT_URL_VARIABLE} and {CASSANDRA_VARIABLE} are set"
-    problem = _engine_problem()
+    problem = engine_problem()
     if problem is None:
         return Kind.CONTAINERS, "a Docker-compatible engine answers"
     return Kind.PROCESSES, f"no container engine answers ({problem})"
@@ -128,7 +128,7 @@ def _forced(wanted: str) -> Kind:
         raise BackingError(f"{KIND_VARIABLE}={wanted!r} is not one of {kinds}") from None
     if kind is Kind.ADDRESSES:
         _check_addresses()
-    if kind is Kind.CONTAINERS and (problem := _engine_problem()) is not None:
+    if kind is Kind.CONTAINERS and (problem := engine_problem()) is not None:
         raise BackingError(f"{KIND_VARIABLE}=containers, but no engine answers: {problem}")
     return kind
 
@@ -142,7 +142,8 @@ def _check_addresses() -> None:
     GivenCassandra(os.environ[CASSANDRA_VARIABLE])
 
 
-def _engine_problem() -> str | None:
+def engine_problem() -> str | None:
+    """Return why no container engine can be used, or None if one answers."""
     where = os.environ.get("DOCKER_HOST") or f"unix://{_DOCKER_SOCKET}"
     if not os.environ.get("DOCKER_HOST") and not _DOCKER_SOCKET.exists():
         return f"DOCKER_HOST is not set and there is no {_DOCKER_SOCKET}"

@@ -4,7 +4,8 @@ The faults are those of real networks: a reset, a peer that vanished without a w
 stands still, delay, a thin line, segments of one byte, a connection that breaks in the middle of a
 packet, a server that resets whoever comes. A fault acts on the connections that exist and on later
 ones, until it is taken back or `heal` ends it. The proxy counts what it did, so that a test can
-prove that its fault happened; a tap sees every byte as it passes.
+prove that its fault happened; a tap sees every byte as it passes, and a watch follows one
+connection from what its ends sent to what was handed on.
 
 Rules: bytes are never changed or reordered, and none is lost on a connection that goes on. A proxy
 belongs to the event loop that started it, and knows no protocol.
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Self
+from typing import Protocol, Self
 
 from backing.ports import free_port
 
@@ -36,6 +37,19 @@ class Direction(StrEnum):
 
 
 Tap = Callable[[Direction, bytes], None]
+
+
+class Watch(Protocol):
+    """Follows one connection; called on the proxy's loop."""
+
+    def came(self, direction: Direction, data: bytes) -> None:
+        """One end has sent these bytes; whether they are ever handed on is open."""
+
+    def went(self, direction: Direction, count: int) -> None:
+        """So many of the bytes that came are about to be handed on to the other end."""
+
+    def ended(self) -> None:
+        """Nothing is handed on any more."""
 
 
 @dataclass(slots=True)
@@ -88,15 +102,23 @@ class FaultProxy:
         port: the server's port.
         listen_port: our port on 127.0.0.1; a free one when None. `close` and `start` keep it.
         tap: called with the direction and the bytes just before these are handed on.
+        watch: called for each connection that is passed on; what it returns follows that one.
     """
 
     def __init__(
-        self, host: str, port: int, *, listen_port: int | None = None, tap: Tap | None = None
+        self,
+        host: str,
+        port: int,
+        *,
+        listen_port: int | None = None,
+        tap: Tap | None = None,
+        watch: Callable[[], Watch] | None = None,
     ) -> None:
         self.target = (host, port)
         self.host = "127.0.0.1"
         self.port = free_port() if listen_port is None else listen_port
         self.tap = tap
+        self.watch = watch
         self.counts = ProxyCounts()
         self._lines = {direction: _Line() for direction in Direction}
         self._links: set[_Link] = set()
@@ -217,7 +239,8 @@ class FaultProxy:
             _send_reset(writer)
             return
         self.counts.accepted += 1
-        link = _Link(self, (reader, writer), to_server)
+        watch = None if self.watch is None else self.watch()
+        link = _Link(self, (reader, writer), to_server, watch)
         if self._silencing:
             self._silence(link)
         self._links.add(link)
@@ -225,6 +248,8 @@ class FaultProxy:
             await link.run()
         finally:
             self._links.discard(link)
+            if watch is not None:
+                watch.ended()
 
     def _handed_on(self, direction: Direction, data: bytes) -> None:
         if direction is Direction.TO_SERVER:
@@ -242,8 +267,11 @@ _Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 class _Link:
     """One client's connection and the one to the server that belongs to it."""
 
-    def __init__(self, proxy: FaultProxy, client: _Stream, server: _Stream) -> None:
+    def __init__(
+        self, proxy: FaultProxy, client: _Stream, server: _Stream, watch: Watch | None
+    ) -> None:
         self._proxy = proxy
+        self._watch = watch
         self._writers = (client[1], server[1])
         self._ways = (
             (Direction.TO_SERVER, client[0], server[1]),
@@ -269,7 +297,7 @@ class _Link:
         try:
             for direction, reader, writer in self._ways:
                 held = _Held(_MAX_CHUNKS_HELD)
-                tasks.append(asyncio.create_task(self._read(reader, held)))
+                tasks.append(asyncio.create_task(self._read(direction, reader, held)))
                 tasks.append(asyncio.create_task(self._write(direction, held, writer)))
             await asyncio.gather(*tasks)
         except OSError:  # an end was reset, or went away while we wrote
@@ -285,9 +313,11 @@ class _Link:
             _send_reset(writer)
         self.task.cancel()
 
-    async def _read(self, reader: asyncio.StreamReader, held: _Held) -> None:
+    async def _read(self, direction: Direction, reader: asyncio.StreamReader, held: _Held) -> None:
         try:
             while data := await reader.read(_CHUNK_BYTES):
+                if self._watch is not None:
+                    self._watch.came(direction, data)
                 await held.put((time.monotonic(), data))
         except OSError:
             if not self.silent:
@@ -339,6 +369,8 @@ class _Link:
             cut = False
         if chunk:
             self._proxy._handed_on(direction, chunk)  # noqa: SLF001 - one room
+            if self._watch is not None:
+                self._watch.went(direction, len(chunk))
             writer.write(chunk)
             await writer.drain()
         if cut:

@@ -92,6 +92,9 @@ class Oracle:
         window: unacknowledged publishes at most; below the 65,535 packet ids.
     """
 
+    make = Sent
+    """What a published message is remembered as."""
+
     def __init__(
         self, broker: backing.Broker, session: Any, keyspace: str, prefix: str, *, window: int = 500
     ) -> None:
@@ -189,10 +192,9 @@ class Oracle:
 
         `says` is device, shadow, time in microseconds and state.
         """
-        sent = Sent(topic, payload)
+        sent = self.make(topic, payload)
         if says is not None:
-            sent.device, sent.shadow, sent.time_us, state = says
-            _flatten(state, sent)
+            self._fill_in(sent, says)
         self._room()
         known: Properties | None = None
         if properties:
@@ -202,6 +204,10 @@ class Oracle:
         info = self._client.publish(topic, payload, qos, retain, known)
         self._pending[info.mid] = sent
         return sent
+
+    def _fill_in(self, sent: Sent, says: tuple[str, str, int, Any]) -> None:
+        sent.device, sent.shadow, sent.time_us, state = says
+        _flatten(state, sent)
 
     def collect(self) -> None:
         """Take in the answers that have come."""

@@ -14,7 +14,7 @@ from backing import FaultProxy
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from backing import Tap
+    from backing import Tap, Watch
 
 __all__ = ["Proxied"]
 
@@ -30,10 +30,17 @@ class Proxied:
         host: the server's address.
         port: the server's port.
         tap: as of `FaultProxy`; called on the proxy's thread.
+        watch: likewise.
     """
 
-    def __init__(self, host: str, port: int, tap: Tap | None = None) -> None:
-        self.proxy = FaultProxy(host, port, tap=tap)
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        tap: Tap | None = None,
+        watch: Callable[[], Watch] | None = None,
+    ) -> None:
+        self.proxy = FaultProxy(host, port, tap=tap, watch=watch)
         self.port = self.proxy.port
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault proxy")

@@ -3,7 +3,11 @@
 #   setup_python       .venv with the locked dependencies and the project itself; sets PYTHON
 #   setup_mosquitto    the broker for local processes
 #   setup_java         a Java that runs Cassandra, and Maven to fetch it
+#   setup_compiler     a C compiler, for the tests that bend a process's clock and names
+#   setup_haproxy      HAProxy, for the tests of the ingress and of monitoring
+#   setup_prometheus   Prometheus and promtool, for the tests of rules and dashboards
 #   setup_go           Go, for the peers of the benchmark; sets GO
+#   setup_engine       installs nothing; whether image and compose can be tried, else ENGINE_PROBLEM
 #   setup_backing      mosquitto, Java and Cassandra, if no engine or address makes them needless
 #
 # Rules: nothing is installed that is there; what is installed is said first, on standard error.
@@ -118,12 +122,7 @@ _read() {
 setup_mosquitto() {
   [[ -z $(PATH=$PATH:/usr/local/sbin:/usr/sbin command -v mosquitto) ]] || return 0
   need_packages mosquitto
-  # Its package starts a broker at the usual port. We did not ask for one: end it.
-  if [[ -d /run/systemd/system ]]; then
-    _as_root systemctl disable --quiet --now mosquitto.service || true
-  elif [[ -x /etc/init.d/mosquitto ]]; then
-    _as_root /etc/init.d/mosquitto stop >/dev/null 2>&1 || true
-  fi
+  _stop_service mosquitto
 }
 
 # _java_version PROGRAM: prints its major version, 0 if it does not run.
@@ -171,6 +170,32 @@ _find_package() {
   fi
 }
 
+setup_haproxy() {
+  [[ -z $(PATH=$PATH:/usr/local/sbin:/usr/sbin command -v haproxy) ]] || return 0
+  need_packages haproxy
+  _stop_service haproxy
+}
+
+setup_prometheus() {
+  ! command -v prometheus >/dev/null || ! command -v promtool >/dev/null || return 0
+  need_packages prometheus
+  _stop_service prometheus
+}
+
+# _stop_service NAME: ends what a package started at the usual port. We did not ask for one.
+_stop_service() {
+  if [[ -d /run/systemd/system ]]; then
+    _as_root systemctl disable --quiet --now "$1.service" || true
+  elif [[ -x /etc/init.d/$1 ]]; then
+    _as_root "/etc/init.d/$1" stop >/dev/null 2>&1 || true
+  fi
+}
+
+setup_compiler() {
+  command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null ||
+    need_packages gcc libc6-dev
+}
+
 _has_go() {
   local program version
   for program in go /usr/local/go/bin/go /usr/lib/go-*/bin/go; do
@@ -189,6 +214,30 @@ setup_go() {
   _find_package golang-1.25-go golang-1.24-go golang-go
   need_packages "$FOUND_PACKAGE"
   _has_go || die "the benchmark needs Go 1.24 or later: install it and put it in PATH"
+}
+
+# An engine is the user's to install. Fails, with the reason in ENGINE_PROBLEM, when none answers.
+setup_engine() {
+  ENGINE_PROBLEM=$(cd "$REPOSITORY" && "$PYTHON" -c \
+    'from backing.choice import engine_problem; print(engine_problem() or "")') ||
+    ENGINE_PROBLEM="the question for an engine failed"
+  [[ $ENGINE_PROBLEM ]] || docker compose version >/dev/null 2>&1 ||
+    ENGINE_PROBLEM="an engine answers, but there is no \`docker compose\`"
+  [[ ! $ENGINE_PROBLEM ]]
+}
+
+# A cluster is the user's to name. Fails, with the reason in KUBERNETES_PROBLEM, when none answers.
+# `kubectl` alone is not asked: the context that it has by default may be anybody's.
+setup_kubernetes() {
+  KUBERNETES_PROBLEM=
+  if [[ ! ${KUBECONFIG:-} ]]; then
+    KUBERNETES_PROBLEM="KUBECONFIG is not set"
+  elif ! command -v kubectl >/dev/null; then
+    KUBERNETES_PROBLEM="there is no \`kubectl\`"
+  elif ! kubectl --request-timeout=10s get --raw /readyz >/dev/null 2>&1; then
+    KUBERNETES_PROBLEM="no API answers at KUBECONFIG=$KUBECONFIG"
+  fi
+  [[ ! $KUBERNETES_PROBLEM ]]
 }
 
 # What `backing` needs; call it after setup_python.

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import gc
 import os
 import random
 import signal
-import ssl
 import time
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -24,36 +24,57 @@ from urllib.parse import urlsplit
 import orjson
 import structlog
 import uvloop
+from pydantic import SecretStr
 
-from shadowsvc import __version__, http, logs
+from shadowsvc import __version__, http, logs, pause_page
+from shadowsvc.adoption import Adopter, Terms
+from shadowsvc.backoff import wait_seconds
+from shadowsvc.decoding import decoder_limits, max_age_us
 from shadowsvc.errors import ConfigError, SchemaBehind, SchemaConflict, ShadowsvcError, StoreError
 from shadowsvc.health import MAX_CLOCK_OFFSET_SECONDS, Health
+from shadowsvc.isolation import REASON as ISOLATED
+from shadowsvc.isolation import IsolationWatch
 from shadowsvc.ledger import Ledger
+from shadowsvc.logins import LoginPace, StoreLogin
 from shadowsvc.metrics import Exposition, Metrics
+from shadowsvc.mqtt.adoption import Adoption, Patience, publish_marker
 from shadowsvc.mqtt.connection import Connection, Endpoint
 from shadowsvc.mqtt.session import SessionOptions
+from shadowsvc.pause import Pause
 from shadowsvc.pipeline import Options, Pipeline
-from shadowsvc.shadow.document import Decoder, Limits
+from shadowsvc.rotation import Rotation
+from shadowsvc.shadow.document import Decoder
 from shadowsvc.shadow.topic import TopicParser
+from shadowsvc.slots import SlotKeeper, owner_name
+from shadowsvc.store import driver
 from shadowsvc.store.batch import Batcher
 from shadowsvc.store.cassandra import CassandraStore
+from shadowsvc.store.slots import SlotTable
 from shadowsvc.store.topology import Topology
+from shadowsvc.totals import Flights, Ledgers
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from shadowsvc.config import Settings
+    from shadowsvc.config import Mqtt, Settings
+    from shadowsvc.credentials import Credentials
+    from shadowsvc.mqtt.adoption import Emptier
+    from shadowsvc.rotation import Side
     from shadowsvc.store.topology import Snapshot
 
 __all__ = ["Service", "run", "tame_garbage_collector"]
 
 _log = structlog.get_logger(__name__)
 
+_START_RETRY_MIN_SECONDS = 0.5
+_START_RETRY_MAX_SECONDS = 5.0
 _CHECK_SECONDS = 60.0
 _CHECK_SECONDS_IN_DOUBT = 2.0
 _LAG_SECONDS = 0.5
 _CLOSE_SECONDS = 1.0
-_GC_GRACE_MARGIN = 0.1
+_FREE_SLOT_SECONDS = 2.0
+_ADOPTED_WRITERS = 4
+_ADOPTED_RECEIVE_MAXIMUM = 200
 _JSON = "application/json"
 _TEXT = "text/plain; charset=utf-8"
 
@@ -115,15 +136,14 @@ class Service:
         to_ack = self.metrics.receive_to_ack.observe
         self.ledger = Ledger(lambda received, count: to_ack(time.monotonic() - received, count))
         topics = TopicParser(settings.mqtt.topic_prefix)
-        self.decoder = Decoder(topics, _limits(settings))
+        self.decoder = Decoder(topics, decoder_limits(settings))
         self.topology = Topology()
-        self.batcher = Batcher(
-            None,
-            max_partitions=settings.cassandra.batch_max_partitions,
-            max_bytes=settings.cassandra.batch_max_bytes,
-        )
+        self.batcher = _batcher(settings)
+        self.rotation = Rotation(settings, self.metrics)
         self.store = CassandraStore(
-            settings.cassandra, dead_letter_ttl_seconds=settings.dead_letters.ttl_seconds
+            settings.cassandra,
+            dead_letter_ttl_seconds=settings.dead_letters.ttl_seconds,
+            credentials=self.rotation.current("cassandra"),
         )
         self.pipeline = Pipeline(
             _options(settings),
@@ -135,17 +155,62 @@ class Service:
             self._send,
         )
         self.connection = Connection(
-            _endpoint(settings), _session_options(settings, topics), self.pipeline
+            _endpoint(settings, self.rotation), _session_options(settings, topics), self.pipeline
         )
         self.pipeline.leave = self.connection.reconnect
+        limits = settings.limits
+        self.store_login = StoreLogin(
+            self.store,
+            LoginPace(limits.login_retry_min_seconds, limits.login_retry_max_seconds),
+            self.metrics,
+            in_doubt=lambda: bool(self.health.store_error or self.pipeline.failing),
+        )
+        driver.pace_logins(limits.login_retry_min_seconds, limits.login_retry_max_seconds)
+        self.connection.subscribed_again = self._subscribed_again
+        self.pause = Pause(
+            self.pipeline,
+            self.connection,
+            self.metrics,
+            drain_timeout_seconds=settings.limits.drain_timeout_seconds,
+            others_left=lambda: self.adopter is None or self.adopter.adopting is None,
+        )
+        self.health.pause = self.pause.describe
+        self.slot_table = SlotTable(settings)
+        self.slot_keeper: SlotKeeper | None = None
+        if not settings.mqtt.client_id:
+            self.slot_keeper = SlotKeeper(
+                self.slot_table,
+                settings.slots,
+                settings.mqtt.share_group,
+                takes=self.metrics.slot_takes,
+                losses=self.metrics.slot_losses,
+            )
+            self.slot_keeper.lost = functools.partial(self.connection.reconnect, "slot_lost")
+            self.connection.identify = self._identify
+            self.metrics.slot = self.slot_keeper
+        self.isolation = IsolationWatch(
+            settings.limits.isolate_after_seconds,
+            self.pipeline,
+            self.metrics,
+            probe=self.store.write_probe,
+            leave=self._isolate,
+            come_back=functools.partial(self.connection.come_back, ISOLATED),
+        )
+        self.health.isolation = lambda: self.isolation.detail
+        if self.slot_keeper is not None:
+            self.health.slot_wait = functools.partial(getattr, self.slot_keeper, "waiting")
+        self.adopter = None if self.slot_keeper is None else self._make_adopter(self.slot_keeper)
+        adopted = [] if self.adopter is None else [self.adopter.pipeline]
+        self.health.adopted = adopted[0] if adopted else None
         self.exposition = Exposition(
             self.metrics,
-            self.ledger,
-            self.pipeline,
+            Ledgers(self.ledger, *(pipeline.ledger for pipeline in adopted)),
+            Flights(self.pipeline, *adopted),
             now=time.monotonic,
             is_ready=lambda: self.health.ready,
             without_device_time=lambda: self.decoder.without_device_time,
             log_lines_dropped=logs.dropped_lines,
+            not_ready=lambda: self.health.by_reason,
         )
         self._http: http.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -160,6 +225,7 @@ class Service:
                 "/readyz": self._readyz,
                 "/startupz": self._startupz,
                 "/metrics": self._metrics_page,
+                **pause_page.routes(self.pause, self.settings.mqtt.session_expiry_seconds),
             },
         )
         _log.info(
@@ -167,11 +233,12 @@ class Service:
             version=__version__,
             http_port=self._http.port,
             broker=self.settings.mqtt.url,
-            client_id=self.settings.mqtt.client_id,
+            client_id=self.settings.mqtt.client_id or None,
             cassandra=",".join(self.settings.cassandra.contact_points),
             keyspace=self.settings.cassandra.keyspace,
         )
         self.health.pipeline = self.pipeline
+        self.rotation.start(self._credentials_changed)
         for name, supervisor in (
             ("dependencies", self._serve()),
             ("loop lag", self._watch_lag()),
@@ -194,12 +261,19 @@ class Service:
     async def stop(self) -> None:
         """Drain, leave the broker with the session kept, close everything."""
         started = time.monotonic()
-        drained = await self.pipeline.drain(self.settings.limits.drain_timeout_seconds)
+        await self.pause.close()
+        limit = self.settings.limits.drain_timeout_seconds
+        leaving = [] if self.adopter is None else [self.adopter.stop(limit)]
+        drained, *_ = await asyncio.gather(self.pipeline.drain(limit), *leaving)
+        self.rotation.stop()
         await self.connection.finish()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.pipeline.close()
+        if self.adopter is not None:
+            await self.adopter.pipeline.close()
+        await self._free_slot()
         # Neither may hold up the exit: what they still do ends with the process.
         with contextlib.suppress(TimeoutError, StoreError):
             async with asyncio.timeout(_CLOSE_SECONDS):
@@ -230,6 +304,115 @@ class Service:
         async with asyncio.TaskGroup() as group:
             group.create_task(self.connection.run(), name="mqtt connection")
             group.create_task(self._watch_store(), name="store watch")
+            group.create_task(self.store_login.run(), name="store login")
+            if self.settings.canary.enabled:
+                group.create_task(self._sing(), name="canary")
+            group.create_task(self.isolation.run(), name="isolation")
+            if self.slot_keeper is not None:
+                group.create_task(self.slot_keeper.run(), name="slot")
+            if self.adopter is not None:
+                group.create_task(self.adopter.run(), name="adopter")
+
+    def _make_adopter(self, keeper: SlotKeeper) -> Adopter:
+        """Make what empties orphaned slots, with a small pipeline of its own."""
+        settings = self.settings
+        mqtt, slots = settings.mqtt, settings.slots
+        ledger = Ledger(self.ledger.observe)
+        pipeline = Pipeline(
+            _options(settings)._replace(
+                min_concurrency=min(settings.cassandra.min_concurrency, _ADOPTED_WRITERS),
+                concurrency=min(settings.cassandra.concurrency, _ADOPTED_WRITERS),
+                receive_maximum=min(mqtt.receive_maximum, _ADOPTED_RECEIVE_MAXIMUM),
+            ),
+            self.decoder,
+            _batcher(settings),
+            self.store,
+            ledger,
+            self.metrics,
+            self._send_adopted,
+        )
+        patience = Patience(
+            quiet_seconds=slots.adopt_quiet_seconds,
+            stalled_seconds=3 * mqtt.connect_timeout_seconds,
+            restless_seconds=30 * slots.adopt_quiet_seconds,
+        )
+
+        def attempt(name: str, emptier: Emptier) -> Adoption:
+            options = self.connection.options  # with the login that counts now
+            password = None if options.password is None else SecretStr(options.password.decode())
+            login = {"username": options.username, "password": password}
+            return Adoption(
+                self.connection.endpoint,
+                dataclasses.replace(options, client_id=name),
+                options.filters,
+                f"{slots.marker_topic}/{name}",
+                emptier,
+                functools.partial(publish_marker, mqtt.model_copy(update=login)),
+                patience,
+            )
+
+        return Adopter(
+            self.slot_table,
+            pipeline,
+            attempt,
+            self.metrics,
+            terms=Terms(slots.lease_seconds, slots.renew_seconds, slots.orphan_after_seconds),
+            owner=f"{owner_name()} (adopting)",
+            own_slot=lambda: keeper.client_id,
+            may_adopt=lambda: self.pipeline.subscribed and self.health.can_write,
+            must_leave=lambda: self.health.away,
+        )
+
+    async def _identify(self) -> str:
+        """Return the client id to connect by: that of the slot whose lease was just renewed."""
+        assert self.slot_keeper is not None  # noqa: S101 - for the type checker
+        client_id = await self.slot_keeper.acquire()
+        self.pipeline.identify(client_id)
+        return client_id
+
+    async def _isolate(self) -> None:
+        """Leave the broker, and the slot to whoever can write."""
+        if self.slot_keeper is not None:
+            await self.slot_keeper.lapse()
+        await self.connection.leave(ISOLATED)
+
+    async def _free_slot(self) -> None:
+        """Give the slot back, if Cassandra is there for it; else the lease ends by itself."""
+        try:
+            async with asyncio.timeout(_FREE_SLOT_SECONDS):
+                if self.slot_keeper is not None:
+                    await self.slot_keeper.release()
+                await self.slot_table.close()
+        except (TimeoutError, StoreError) as error:
+            _log.warning("slot not freed, its lease will end by itself", error=str(error))
+
+    async def _sing(self) -> None:
+        # Imported here: few need aiomqtt in the service.
+        from shadowsvc.canary import Canary  # noqa: PLC0415
+
+        def report(lost: str | None) -> None:
+            self.health.canary_lost = lost
+
+        await Canary(
+            self.settings,
+            self.store,
+            self.metrics,
+            mqtt=self._mqtt_with_login,
+            client_id=lambda: self.pipeline.options.client_id,
+            able=lambda: self.health.ready_but_for("canary_lost"),
+            report=report,
+            subscribe_again=self.connection.subscribe_again,
+        ).run()
+
+    def _mqtt_with_login(self) -> Mqtt:
+        """Return the settings of the broker with the login that counts now."""
+        options = self.connection.options
+        password = None if options.password is None else SecretStr(options.password.decode())
+        login = {"username": options.username, "password": password}
+        return self.settings.mqtt.model_copy(update=login)
+
+    def _subscribed_again(self) -> None:
+        self.metrics.resubscriptions += 1
 
     async def _until_it_works(self, what: str, attempt: Callable[[], Awaitable[None]]) -> None:
         tries = 0
@@ -242,13 +425,26 @@ class Service:
                     "not usable yet", dependency=what, error=str(error), limit_by=f"{what} {error}"
                 )
                 tries += 1
-                ceiling = min(5.0, 0.25 * 2 ** min(tries, 8))
-                await asyncio.sleep(random.uniform(0.1, ceiling))  # noqa: S311
+                await self.store_login.pause(
+                    error, wait_seconds(tries, _START_RETRY_MIN_SECONDS, _START_RETRY_MAX_SECONDS)
+                )
             else:
                 self._note_store(None)
                 if tries:
                     _log.info("usable", dependency=what)
                 return
+
+    def _credentials_changed(self, side: Side, credentials: Credentials) -> None:
+        """Take what files hold now into use; called on the loop."""
+        if side == "broker":
+            secret = credentials.password
+            self.connection.renew_login(
+                credentials.username,
+                None if secret is None else secret.get_secret_value().encode(),
+            )
+        else:
+            driver.renew(self.settings.cassandra, credentials)
+            self.store_login.change(credentials)
 
     async def _migrate(self) -> None:
         # Imported here: the data plane does not need it.
@@ -261,11 +457,13 @@ class Service:
     async def _connect_store(self) -> None:
         await self.store.connect()
         gc_grace = await self.store.gc_grace_seconds()
-        self.decoder.limits.max_age_us = int(gc_grace * (1 - _GC_GRACE_MARGIN)) * 1_000_000
+        self.decoder.limits.max_age_us = max_age_us(gc_grace)
 
     def _topology_changed(self, snapshot: Snapshot) -> None:
         """Follow the ring; called from the topology's thread (one attribute is swapped)."""
         self.batcher.group = None if snapshot.single else snapshot.group
+        if self.adopter is not None:
+            self.adopter.pipeline.batcher.group = self.batcher.group
 
     async def _watch_store(self) -> None:
         """Check schema and clock now and then; restore a lowered Receive Maximum."""
@@ -280,7 +478,7 @@ class Service:
                 self.connection.reconnect("receive_maximum")
             now = time.monotonic()
             in_doubt = self.health.store_error or self.health.schema_error or self.pipeline.failing
-            if now < next_check and not in_doubt:
+            if now < next_check and not in_doubt and self.decoder.clock_trusted:
                 continue
             next_check = now + _CHECK_SECONDS * random.uniform(0.8, 1.2)  # noqa: S311
             try:
@@ -321,6 +519,10 @@ class Service:
     def _send(self, data: bytes) -> None:
         self.connection.send(data)
 
+    def _send_adopted(self, data: bytes) -> None:
+        if self.adopter is not None:
+            self.adopter.send(data)
+
     # ---------------------------------------------------------------- pages
 
     def _livez(self, _request: http.Request) -> http.Response:
@@ -333,6 +535,8 @@ class Service:
 
     def _readyz(self, _request: http.Request) -> http.Response:
         self.health.broker_error = self.connection.last_error
+        self.health.broker_credentials = self.rotation.fault("broker")
+        self.health.store_credentials = self.rotation.fault("cassandra") or self.store_login.error
         reasons = self.health.reasons()
         body = orjson.dumps(
             {"ready": not reasons, "reasons": reasons},
@@ -341,21 +545,16 @@ class Service:
         return http.Response(503 if reasons else 200, _JSON, body)
 
     def _metrics_page(self, request: http.Request) -> http.Response:
+        self.metrics.pause_left_seconds = self.pause.status.left_seconds
         content_type, body = self.exposition.render(request.accept)
         return http.Response(200, content_type, body)
 
 
-def _limits(settings: Settings) -> Limits:
-    shadow = settings.shadow
-    return Limits(
-        max_payload_bytes=shadow.max_payload_bytes,
-        max_depth=shadow.max_depth,
-        max_leaves=shadow.max_leaves,
-        max_path_bytes=shadow.max_path_bytes,
-        unit=shadow.timestamp_unit,
-        max_ahead_us=int(shadow.max_ahead_seconds * 1_000_000),
-        on_future=shadow.on_future,
-        on_ancient=shadow.on_ancient,
+def _batcher(settings: Settings) -> Batcher:
+    return Batcher(
+        None,
+        max_partitions=settings.cassandra.batch_max_partitions,
+        max_bytes=settings.cassandra.batch_max_bytes,
     )
 
 
@@ -367,33 +566,30 @@ def _options(settings: Settings) -> Options:
         max_held_bytes=settings.limits.max_held_bytes,
         max_request_bytes=cassandra.batch_max_bytes,
         linger_seconds=cassandra.linger_seconds,
+        min_concurrency=cassandra.min_concurrency,
         concurrency=cassandra.concurrency,
         request_timeout_seconds=cassandra.request_timeout_seconds,
         retry_min_seconds=cassandra.retry_min_seconds,
         retry_max_seconds=cassandra.retry_max_seconds,
         max_dead_letters_per_minute=settings.dead_letters.max_per_device_per_minute,
+        marker_prefix=f"{settings.slots.marker_topic}/",
     )
 
 
-def _endpoint(settings: Settings) -> Endpoint:
+def _endpoint(settings: Settings, rotation: Rotation) -> Endpoint:
     mqtt = settings.mqtt
     url = urlsplit(mqtt.url)
     return Endpoint(
         host=url.hostname or "",
         port=url.port or (8883 if url.scheme == "mqtts" else 1883),
-        tls=functools.partial(_tls_context, settings) if url.scheme == "mqtts" else None,
+        tls=rotation.broker_context if url.scheme == "mqtts" else None,
         connect_timeout_seconds=mqtt.connect_timeout_seconds,
         reconnect_min_seconds=mqtt.reconnect_min_seconds,
         reconnect_max_seconds=mqtt.reconnect_max_seconds,
+        login_retry_min_seconds=settings.limits.login_retry_min_seconds,
+        login_retry_max_seconds=settings.limits.login_retry_max_seconds,
+        resubscribe_seconds=mqtt.resubscribe_seconds,
     )
-
-
-def _tls_context(settings: Settings) -> ssl.SSLContext:
-    mqtt = settings.mqtt
-    context = ssl.create_default_context(cafile=mqtt.ca_file)
-    if mqtt.certificate_file is not None:
-        context.load_cert_chain(mqtt.certificate_file, mqtt.key_file)
-    return context
 
 
 def _session_options(settings: Settings, topics: TopicParser) -> SessionOptions:

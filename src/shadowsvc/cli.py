@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
+from shadowsvc import letters_cli
 from shadowsvc.errors import ConfigError, ShadowsvcError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from shadowsvc.config import Loaded, Needs, Settings
+    from shadowsvc.store.slots import Slot
 
 __all__ = ["app", "main"]
 
@@ -112,7 +114,6 @@ app.callback(
         _globals.__doc__,
         "First steps:",
         "export SHADOWSVC_MQTT__URL=mqtt://broker:1883",
-        "export SHADOWSVC_MQTT__CLIENT_ID=shadowsvc-0",
         "export SHADOWSVC_CASSANDRA__CONTACT_POINTS=cassandra",
         "export SHADOWSVC_CASSANDRA__LOCAL_DC=datacenter1",
         "shadowsvc check-config",
@@ -133,7 +134,10 @@ def run(context: typer.Context) -> None:
     SIGTERM finishes what is in flight and ends with 0; a second one ends at once. What was not
     acknowledged stays with the broker.
 
-    Needs SHADOWSVC_MQTT__CLIENT_ID and SHADOWSVC_CASSANDRA__LOCAL_DC; uses all settings.
+    Any number may run: without SHADOWSVC_MQTT__CLIENT_ID each leases a client id of its own, see
+    `shadowsvc slots`.
+
+    Needs SHADOWSVC_CASSANDRA__LOCAL_DC; uses all settings.
     """
     from shadowsvc.config import require_for_run  # noqa: PLC0415 - on demand
 
@@ -224,7 +228,7 @@ def check_config(context: typer.Context) -> None:
     On a terminal a table that tells where each value came from; in a pipe lines of NAME=value.
     Ends with 2 and one line for each mistake if there are any. Connects to nothing.
 
-    Needs what `run` needs: SHADOWSVC_MQTT__CLIENT_ID and SHADOWSVC_CASSANDRA__LOCAL_DC.
+    Needs what `run` needs: SHADOWSVC_CASSANDRA__LOCAL_DC.
     """
     from shadowsvc.config import (  # noqa: PLC0415 - on demand
         advice,
@@ -258,7 +262,9 @@ def check_config(context: typer.Context) -> None:
         for row in rows:
             typer.echo(f"{row.variable}={row.value}")
         typer.echo(f"# {held}")
-    for line in advice(settings):
+    from shadowsvc.credentials import complaints  # noqa: PLC0415 - on demand
+
+    for line in (*advice(settings), *complaints(settings)):
         typer.echo(f"advice: {line}", err=True)
 
 
@@ -348,6 +354,147 @@ def probe(
     answer = probing.ask(url or probing.url_of(what.value, config_file=context.obj))
     typer.echo(what.value if answer.ok else answer.text)
     raise typer.Exit(0 if answer.ok else _FAILURE)
+
+
+@_command(
+    "shadowsvc slots",
+    "shadowsvc slots --json | jq '.slots[] | select(.state == \"free\")'",
+)
+def slots(
+    context: typer.Context,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """List the slots of the group: client ids that processes lease, who has them, for how long.
+
+    A slot that stays free is an orphan after SHADOWSVC_SLOTS__ORPHAN_AFTER_SECONDS: a process
+    fetches what the broker holds for it and deletes it.
+
+    Needs SHADOWSVC_CASSANDRA__CONTACT_POINTS, and SHADOWSVC_CASSANDRA__LOCAL_DC in a cluster of
+    several data centres; SHADOWSVC_MQTT__SHARE_GROUP and SHADOWSVC_SLOTS__BROKER as the services
+    have them.
+    """
+    import asyncio  # noqa: PLC0415 - on demand
+    from datetime import UTC, datetime  # noqa: PLC0415 - on demand
+
+    settings = _load(context).settings
+    _tool_logs(settings)
+    from shadowsvc import slots_view as view  # noqa: PLC0415 - on demand
+    from shadowsvc.store.slots import SlotTable  # noqa: PLC0415 - on demand
+
+    table = SlotTable(settings)
+
+    async def ask() -> list[Slot]:
+        try:
+            return await table.list()
+        finally:
+            await table.close()
+
+    found, now = asyncio.run(ask()), datetime.now(UTC)
+    group, broker = settings.mqtt.share_group, settings.slots.broker
+    if as_json:
+        limit = settings.slots.max_slots
+        made = view.as_json(found, now, group=group, broker=broker, max_slots=limit)
+        typer.echo(json.dumps(made, indent=2))
+    elif sys.stdout.isatty():
+        from rich.console import Console  # noqa: PLC0415 - on demand
+
+        Console().print(view.as_table(found, now))
+    else:
+        for line in view.as_lines(found, now):
+            typer.echo(line)
+    if not found:
+        _complain(f"shadowsvc: no slots of the group {group!r} at the broker {broker!r}")
+
+
+app.add_typer(letters_cli.app)
+
+
+@_command(
+    "shadowsvc pause --seconds 120",
+    "shadowsvc pause --seconds 120 --url http://10.0.0.7:8080",
+    "shadowsvc pause --resume",
+)
+def pause(
+    context: typer.Context,
+    *,
+    seconds: Annotated[
+        float | None,
+        typer.Option("--seconds", min=1, max=3600, help="How long to stay away from the broker."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Come back now, before the time is over.")
+    ] = False,
+    url: Annotated[
+        str | None,
+        typer.Option("--url", metavar="URL", help="Ask the service there, http://HOST:PORT."),
+    ] = None,
+    wait: Annotated[
+        float, typer.Option("--wait", min=0, help="Seconds to wait until it has left.")
+    ] = 60.0,
+) -> None:
+    """Let the running service leave the broker in good order, and come back after a while.
+
+    Before a node of the broker is restarted: what is in flight to a connected session is lost then,
+    what waits for an absent one is not. The service finishes and acknowledges what it holds,
+    disconnects keeping its session, and connects again when the time is over. Asking again makes
+    the pause longer. Ends with 0 when it has left.
+
+    Needs SHADOWSVC_HTTP__PORT (and SHADOWSVC_HTTP__HOST) as the service has them, or --url.
+    """
+    if (seconds is None) is not resume:
+        raise typer.BadParameter("give either --seconds or --resume")
+    from shadowsvc import pause_command as asking  # noqa: PLC0415 - on demand
+
+    where = url or asking.url_of(config_file=context.obj)
+    if seconds is None:
+        asking.resume(where, wait, typer.echo)
+    else:
+        asking.pause(where, seconds, wait, typer.echo)
+
+
+@_command(
+    "shadowsvc ingress",
+    "SHADOWSVC_INGRESS__KUBECONFIG=~/.kube/config shadowsvc ingress --print",
+    "SHADOWSVC_INGRESS__START_HAPROXY=true shadowsvc ingress",
+)
+def ingress(
+    context: typer.Context,
+    *,
+    only_print: Annotated[
+        bool,
+        typer.Option("--print", help="Print HAProxy's configuration as it would be now, and end."),
+    ] = False,
+) -> None:
+    """Keep HAProxy in step with the brokers' pods, until SIGTERM or Ctrl-C.
+
+    Watches the EndpointSlices of SHADOWSVC_INGRESS__SERVICE and writes HAProxy's configuration to
+    SHADOWSVC_INGRESS__DIRECTORY. Pods that come and go change servers of the running HAProxy; what
+    else changes is a reload, which closes no connection. A configuration that `haproxy -c` refuses
+    is not used, and without any broker the last good one stays.
+
+    HAProxy is started by somebody else, with `haproxy -W -db -S DIRECTORY/master.sock -f
+    DIRECTORY/haproxy.cfg`, or by this command if SHADOWSVC_INGRESS__START_HAPROXY is true. Probes
+    and metrics are at SHADOWSVC_HTTP__PORT, HAProxy's own at
+    SHADOWSVC_INGRESS__LISTEN_STATISTICS.
+
+    Needs get, list and watch of endpointslices, as the pod's service account or by
+    SHADOWSVC_INGRESS__KUBECONFIG; and the extra `ingress` of the package.
+    """
+    settings = _load(context).settings
+    try:
+        from shadowsvc.ingress import command as work  # noqa: PLC0415 - on demand
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            [f"shadowsvc ingress: {error.name} is missing: pip install 'shadowsvc[ingress]'"]
+        ) from error
+    if only_print:
+        typer.echo(work.render_once(settings), nl=False)
+        return
+    from shadowsvc import logs  # noqa: PLC0415 - on demand
+
+    logs.configure(settings.log.level, settings.log.format)
+    raise typer.Exit(work.run(settings))
 
 
 def main() -> NoReturn:

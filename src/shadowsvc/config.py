@@ -30,15 +30,18 @@ from shadowsvc.errors import ConfigError
 from shadowsvc.settings import (
     LAYERS,
     PREFIX,
+    Canary,
     Cassandra,
     DeadLetters,
     Http,
+    Ingress,
     Limits,
     Log,
     Mqtt,
     Setting,
     Settings,
     Shadow,
+    Slots,
     all_settings,
     variable,
 )
@@ -51,20 +54,24 @@ if TYPE_CHECKING:
 __all__ = [
     "CONFIG_FILE_VARIABLE",
     "SECRETS_DIR_VARIABLE",
+    "Canary",
     "Cassandra",
     "DeadLetters",
     "Described",
     "Http",
+    "Ingress",
     "Limits",
     "Loaded",
     "Log",
     "Mqtt",
     "Settings",
     "Shadow",
+    "Slots",
     "advice",
     "describe",
     "load",
     "load_with_origins",
+    "read_secrets",
     "require_for_run",
     "worst_case_held_bytes",
 ]
@@ -161,6 +168,25 @@ def load_with_origins(
     if mistakes:
         raise ConfigError(mistakes)
     return Loaded(settings, {name: value.origin for name, value in values.items()})
+
+
+def read_secrets(environ: Mapping[str, str], section: str) -> dict[str, str]:
+    """Return the secrets of a section that files hold now, by name of the setting.
+
+    Those that the environment itself gives, and so cannot change, are left out. Raises
+    `ConfigError` with one line for each file that cannot be read.
+    """
+    mistakes: list[str] = []
+    found: dict[str, str] = {}
+    for layer in (_secret_files(environ, mistakes), _secrets_dir(environ, mistakes)):
+        for name, value in layer.items():
+            if not environ.get(name) and _KNOWN[name].section == section:
+                found.setdefault(_KNOWN[name].name, value.given)
+    others = tuple(f"{PREFIX}{each}__".upper() for each in Settings.model_fields if each != section)
+    mistakes = [line for line in mistakes if not line.startswith(others)]
+    if mistakes:
+        raise ConfigError(mistakes)
+    return found
 
 
 def describe(settings: Settings, origins: Mapping[str, str] | None = None) -> list[Described]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from shadowsvc.settings import variable
+from shadowsvc.settings import MAX_CLIENT_ID, variable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +30,8 @@ __all__ = [
 DEAD_LETTER_PAYLOAD_BYTES = 65_536
 """What a dead letter keeps of a payload."""
 
+_MIN_CANARIES = 2
+_MAX_CANARIES = 100
 _PACKET_OVERHEAD_BYTES = 66_000  # the longest topic (65,535 bytes), the header and some properties
 
 
@@ -56,11 +58,26 @@ def broken_rules(settings: Settings) -> Iterator[Broken]:
     for section, name, low, high in (
         ("mqtt", "reconnect", mqtt.reconnect_min_seconds, mqtt.reconnect_max_seconds),
         ("cassandra", "retry", cassandra.retry_min_seconds, cassandra.retry_max_seconds),
+        (
+            "limits",
+            "login_retry",
+            settings.limits.login_retry_min_seconds,
+            settings.limits.login_retry_max_seconds,
+        ),
     ):
         if low > high:
             other = variable(section, f"{name}_max_seconds")
             problem = f"it is above {other}, which is {high:g}"
             yield Broken(variable(section, f"{name}_min_seconds"), problem, (other,))
+    if (
+        cassandra.min_concurrency > cassandra.concurrency
+        and "min_concurrency" in cassandra.model_fields_set
+    ):
+        other = variable("cassandra", "concurrency")
+        problem = f"it is above {other}, which is {cassandra.concurrency}"
+        yield Broken(variable("cassandra", "min_concurrency"), problem, (other,))
+    if not mqtt.client_id:
+        yield from _slots(settings)
     payload = settings.shadow.max_payload_bytes
     for limited, limit in (
         (variable("mqtt", "maximum_packet_size_bytes"), mqtt.maximum_packet_size_bytes),
@@ -70,6 +87,64 @@ def broken_rules(settings: Settings) -> Iterator[Broken]:
             other = variable("shadow", "max_payload_bytes")
             yield Broken(limited, f"it is below {other}, which is {payload}", (other,))
     yield from _pair("cassandra", cassandra, "username", "password")
+    yield from _ingress(settings)
+    canary = settings.canary
+    times = canary.timeout_seconds / canary.interval_seconds
+    if not _MIN_CANARIES <= times <= _MAX_CANARIES:
+        other = variable("canary", "interval_seconds")
+        yield Broken(
+            variable("canary", "timeout_seconds"),
+            f"it is not {_MIN_CANARIES} to {_MAX_CANARIES} times {other}, which is "
+            f"{canary.interval_seconds:g}",
+            (other,),
+        )
+
+
+def _slots(settings: Settings) -> Iterator[Broken]:
+    slots, group = settings.slots, variable("mqtt", "share_group")
+    lease, orphan = variable("slots", "lease_seconds"), variable("slots", "orphan_after_seconds")
+    if slots.renew_seconds >= slots.lease_seconds:
+        problem = f"it is not below {lease}, which is {slots.lease_seconds}"
+        yield Broken(variable("slots", "renew_seconds"), problem, (lease,))
+    if slots.orphan_after_seconds <= slots.lease_seconds:
+        problem = f"it is not above {lease}, which is {slots.lease_seconds}"
+        yield Broken(orphan, problem, (lease,))
+    if slots.orphan_after_seconds >= settings.mqtt.session_expiry_seconds:
+        other = variable("mqtt", "session_expiry_seconds")
+        problem = (
+            f"it is not below {other}, which is {settings.mqtt.session_expiry_seconds}: the broker "
+            "would drop what waits for an orphan before it is fetched"
+        )
+        yield Broken(orphan, problem, (other,))
+    if f"{slots.marker_topic}/".startswith(f"{settings.mqtt.topic_prefix}/"):
+        other = variable("mqtt", "topic_prefix")
+        problem = f"it lies below {other}, where devices publish"
+        yield Broken(variable("slots", "marker_topic"), problem, (other,))
+    longest = f"{settings.mqtt.share_group}-{slots.max_slots - 1}"
+    if len(longest) > MAX_CLIENT_ID:
+        problem = f"with a number behind it is longer than a client id's {MAX_CLIENT_ID} characters"
+        yield Broken(group, problem, (variable("slots", "max_slots"),))
+
+
+def _ingress(settings: Settings) -> Iterator[Broken]:
+    ingress = settings.ingress
+    taken: dict[int, str] = {}
+    for name in (
+        "listen_mqtt",
+        "listen_mqtts",
+        "listen_websocket",
+        "listen_websocket_tls",
+        "listen_statistics",
+    ):
+        port, own = getattr(ingress, name), variable("ingress", name)
+        if port in taken:
+            yield Broken(own, f"{taken[port]} is the same port", (taken[port],))
+        elif port:
+            taken[port] = own
+    if ingress.source_ports and not ingress.source_addresses:
+        other = variable("ingress", "source_addresses")
+        problem = f"it does nothing without {other}, which is empty"
+        yield Broken(variable("ingress", "source_ports"), problem, (other,))
 
 
 def _files(section: str, branch: Mqtt | Cassandra) -> Iterator[Broken]:
@@ -108,11 +183,6 @@ def reason(error: OSError) -> str:
 def require_for_run(settings: Settings) -> list[str]:
     """Return one line for each setting that `shadowsvc run` needs besides and that is missing."""
     missing = []
-    if not settings.mqtt.client_id:
-        missing.append(
-            f"{variable('mqtt', 'client_id')}: not given; `run` needs it; allowed: a name that "
-            "stays the same after a restart and differs for each process"
-        )
     if not settings.cassandra.local_dc:
         missing.append(
             f"{variable('cassandra', 'local_dc')}: not given; `run` needs it; allowed: the name of "
@@ -148,6 +218,13 @@ def advice(settings: Settings) -> list[str]:
             f"{variable('limits', 'max_held_bytes')}: {settings.limits.max_held_bytes} is less "
             f"than the {worst} bytes that {settings.mqtt.receive_maximum} messages of the largest "
             f"size make; raise it, or lower {variable('mqtt', 'receive_maximum')}"
+        )
+    slots = settings.slots
+    if not settings.mqtt.client_id and slots.renew_seconds > slots.lease_seconds / 2:
+        lines.append(
+            f"{variable('slots', 'renew_seconds')}: with {slots.renew_seconds:g} of "
+            f"{slots.lease_seconds} s one renewal that fails costs the slot; better: a third of "
+            f"{variable('slots', 'lease_seconds')}"
         )
     if settings.cassandra.consistency in {"ONE", "LOCAL_ONE"}:
         lines.append(

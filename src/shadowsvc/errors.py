@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 __all__ = [
     "ConfigError",
     "ConnectionLost",
+    "CredentialsUnusable",
+    "HaproxyFailed",
+    "KubernetesUnavailable",
     "MqttError",
     "MqttRefused",
+    "PauseFailed",
     "ProtocolViolation",
+    "Refused",
     "Rejected",
     "SchemaBehind",
     "SchemaConflict",
@@ -44,6 +49,38 @@ class ConfigError(ShadowsvcError):
         super().__init__("\n".join(self.mistakes))
 
 
+class CredentialsUnusable(ShadowsvcError):
+    """Files with certificates or passwords can't be used as they are; never quotes a secret."""
+
+    retryable = True
+
+
+class KubernetesUnavailable(ShadowsvcError):
+    """The Kubernetes API did not do what was asked; `reason` is a bounded metric label."""
+
+    retryable = True
+
+    def __init__(self, reason: str, message: str) -> None:
+        """Make the error."""
+        self.reason = reason
+        super().__init__(message)
+
+
+class Refused(ShadowsvcError):
+    """A configuration of HAProxy can't be used; `by`, a label, is `template` or `haproxy`."""
+
+    def __init__(self, by: str, message: str) -> None:
+        """Make the error."""
+        self.by = by
+        super().__init__(message)
+
+
+class HaproxyFailed(ShadowsvcError):
+    """HAProxy is not there, or did not do what it was told."""
+
+    retryable = True
+
+
 class Rejected(ShadowsvcError):
     """A message can never become an update: it goes to the dead letters.
 
@@ -63,6 +100,9 @@ class Rejected(ShadowsvcError):
 class StoreError(ShadowsvcError):
     """Cassandra did not do what was asked; `kind` is a bounded metric label."""
 
+    overload = False
+    doubtful = False
+
     def __init__(self, kind: str, message: str) -> None:
         """Make the error."""
         self.kind = kind
@@ -70,9 +110,21 @@ class StoreError(ShadowsvcError):
 
 
 class StoreUnavailable(StoreError):
-    """An outage of any kind, schema, grants and login included: retry for ever."""
+    """An outage of any kind, schema, grants and login included: retry for ever.
+
+    `overload` tells that Cassandra or the driver has too much to do; `doubtful` that it may be
+    the request's own doing, which no answer tells.
+    """
 
     retryable = True
+
+    def __init__(
+        self, kind: str, message: str, *, overload: bool = False, doubtful: bool = False
+    ) -> None:
+        """Make the error."""
+        self.overload = overload
+        self.doubtful = doubtful
+        super().__init__(kind, message)
 
 
 class StoreRefused(StoreError):
@@ -114,6 +166,10 @@ class ConnectionLost(MqttError):
 
 class MqttRefused(MqttError):
     """The broker answered CONNECT or SUBSCRIBE with a refusal (MQTT 5 §3.2.2.2, §3.9.3)."""
+
+
+class PauseFailed(ShadowsvcError):
+    """A service that was asked to pause, or to come back, did not do so or did not answer."""
 
 
 class ProtocolViolation(MqttError):

@@ -1,10 +1,12 @@
-"""A small HTTP/1.1 server on the event loop, for probes and metrics.
+"""A small HTTP/1.1 server on the event loop, for probes, metrics and an operator's few commands.
 
 Lives here: connections, their limits, and the way from a request to a plain function. h11 reads and
 writes the protocol (RFC 9112); this room gives it bytes and time limits.
 
 Rules:
-- GET and HEAD alone. Anything else, or a request with a body, is refused and ends the connection.
+- GET and HEAD, and what else a route names. Another method, or a request with a body, is refused
+  and ends the connection. No method that changes something is taken from a page in a browser (a
+  request with the header Origin): there is no login here, so whoever reaches the port may call.
 - Nobody holds memory or a connection for ever: a request's head has a size and a time limit, a
   connection without a request a longer one, a client that does not read its response another, and
   at `max_connections` the connection that was quiet for longest makes room for a new one, so that
@@ -21,7 +23,7 @@ import asyncio
 import errno
 import socket
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import NoReturn
@@ -32,7 +34,7 @@ import structlog
 
 from shadowsvc.errors import ConfigError
 
-__all__ = ["Handler", "Limits", "Request", "Response", "Server", "serve"]
+__all__ = ["Handler", "Limits", "Request", "Response", "Route", "Server", "serve"]
 
 _TEXT = "text/plain; charset=utf-8"
 _log = structlog.get_logger(__name__)
@@ -43,7 +45,7 @@ class Request:
     """What a handler gets to see of a request."""
 
     method: str
-    """GET or HEAD."""
+    """One of those that the route has; HEAD where it has GET."""
     path: str
     """Decoded, without the query."""
     query: str
@@ -69,6 +71,10 @@ class Response:
 
 
 Handler = Callable[[Request], Response]
+Route = Handler | Mapping[str, Handler]
+"""What answers GET, or what answers each method; where GET is answered, HEAD is too."""
+
+_SAFE = frozenset({"GET", "HEAD"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +95,14 @@ class Limits:
 class Server:
     """A server that listens; `serve` makes it."""
 
-    def __init__(self, routes: Mapping[str, Handler], limits: Limits) -> None:
-        self._routes = dict(routes)
+    def __init__(self, routes: Mapping[str, Route], limits: Limits) -> None:
+        self._routes: dict[str, dict[str, Handler]] = {
+            path: dict(route) if isinstance(route, Mapping) else {"GET": route}
+            for path, route in routes.items()
+        }
+        for handlers in self._routes.values():
+            if "GET" in handlers:
+                handlers["HEAD"] = handlers["GET"]
         self._limits = limits
         # The key is the connection's task; the one that was quiet for longest comes first.
         self._connections: OrderedDict[asyncio.Task[None], asyncio.StreamWriter] = OrderedDict()
@@ -134,7 +146,7 @@ class Server:
             self._connections.pop(oldest, None)
         # `drain` then waits until the client has taken everything.
         writer.transport.set_write_buffer_limits(high=0)
-        connection = _Connection(reader, writer, self._limits, self._answer)
+        connection = _Connection(reader, writer, self._limits, self._methods, self._answer)
         task = asyncio.ensure_future(connection.run(self._touch))
         task.set_name("http connection")
         self._connections[task] = writer
@@ -145,19 +157,25 @@ class Server:
         if task is not None and task in self._connections:
             self._connections.move_to_end(task)
 
+    def _methods(self, path: str) -> Collection[str]:
+        handlers = self._routes.get(path)
+        return _SAFE if handlers is None else handlers.keys()
+
     def _answer(self, request: Request) -> Response:
-        handler = self._routes.get(request.path)
-        if handler is None:
+        handlers = self._routes.get(request.path)
+        if handlers is None:
             return _plain(HTTPStatus.NOT_FOUND, "there are: " + " ".join(sorted(self._routes)))
+        if request.method not in _SAFE and "origin" in request.headers:
+            return _plain(HTTPStatus.FORBIDDEN, "this is nothing for a page in a browser")
         try:
-            return handler(request)
+            return handlers[request.method](request)
         except Exception:  # noqa: BLE001 - whatever it is, a probe must not end the server
             _log.exception("http_handler_failed", path=request.path)
             return _plain(HTTPStatus.INTERNAL_SERVER_ERROR, "see the log: http_handler_failed")
 
 
 async def serve(
-    host: str, port: int, routes: Mapping[str, Handler], limits: Limits | None = None
+    host: str, port: int, routes: Mapping[str, Route], limits: Limits | None = None
 ) -> Server:
     """Listen on `host` and `port` (0: any free one) and answer with `routes`, by exact path.
 
@@ -186,11 +204,13 @@ class _Connection:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         limits: Limits,
+        methods: Callable[[str], Collection[str]],
         answer: Callable[[Request], Response],
     ) -> None:
         self._reader = reader
         self._writer = writer
         self._limits = limits
+        self._methods = methods
         self._answer = answer
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.max_head_bytes)
 
@@ -219,24 +239,30 @@ class _Connection:
             return False
         if request is None:
             return False
-        if request.method not in (b"GET", b"HEAD"):
-            refusal = _plain(HTTPStatus.METHOD_NOT_ALLOWED, "GET and HEAD alone", allow="GET, HEAD")
-            await self._respond(refusal, head=False, last=True)
-            return False
         head = request.method == b"HEAD"
-        if _has_body(request) or not isinstance(self._h11.next_event(), h11.EndOfMessage):
-            refusal = _plain(HTTPStatus.BAD_REQUEST, "a request has no body here")
-            await self._respond(refusal, head=head, last=True)
+        asked = self._look_at(request)
+        if isinstance(asked, Response):
+            await self._respond(asked, head=head, last=True)
             return False
-        try:
-            response = self._answer(_request(request))
-        except ValueError as error:
-            response = _plain(HTTPStatus.BAD_REQUEST, str(error))
-        await self._respond(response, head=head, last=False)
+        await self._respond(self._answer(asked), head=head, last=False)
         if self._h11.our_state is not h11.DONE or self._h11.their_state is not h11.DONE:
             return False
         self._h11.start_next_cycle()
         return True
+
+    def _look_at(self, event: h11.Request) -> Request | Response:
+        """Return the request as a handler sees it, or the answer that refuses it."""
+        try:
+            asked = _request(event)
+        except ValueError as error:
+            return _plain(HTTPStatus.BAD_REQUEST, str(error))
+        methods = self._methods(asked.path)
+        if asked.method not in methods:
+            allowed = ", ".join(sorted(methods))
+            return _plain(HTTPStatus.METHOD_NOT_ALLOWED, f"there is {allowed}", allow=allowed)
+        if _has_body(event) or not isinstance(self._h11.next_event(), h11.EndOfMessage):
+            return _plain(HTTPStatus.BAD_REQUEST, "a request has no body here")
+        return asked
 
     async def _request(self) -> h11.Request | None:
         """Return the next request's head, or None when the client is done or too slow."""

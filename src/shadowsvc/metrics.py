@@ -24,13 +24,15 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.utils import floatToGoString
 
 from shadowsvc import __version__
+from shadowsvc.slots import SlotState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from prometheus_client.metrics_core import Metric
 
     from shadowsvc.ledger import Ledger
+    from shadowsvc.totals import Ledgers
 
 __all__ = ["Exposition", "Histogram", "Metrics"]
 
@@ -78,6 +80,18 @@ class Histogram:
         return buckets
 
 
+class CanaryFigures:
+    """What the canary counts."""
+
+    def __init__(self) -> None:
+        self.published = 0
+        self.unpublished: Counter[str] = Counter()
+        self.durable = 0
+        self.lost = 0
+        self.excused = 0
+        self.seconds = Histogram(_SECONDS)
+
+
 class Metrics:
     """What the rooms count. Fields are public and plain; everything starts at nothing."""
 
@@ -100,12 +114,48 @@ class Metrics:
         self.write_errors: Counter[str] = Counter()
         self.write_retries: Counter[str] = Counter()
         self.batches_split = 0
+        self.window_changes: Counter[str] = Counter()
+        self.retries_waiting = 0
+        self.replica_sets_in_doubt = 0
         self.receive_to_ack = Histogram(_SECONDS)
         self.device_to_durable_us = Histogram([bound * 1e6 for bound in _SECONDS])
         self.disconnects: Counter[str] = Counter()
         self.sessions: Counter[str] = Counter()
+        self.slot_takes: Counter[str] = Counter()
+        self.slot_losses: Counter[str] = Counter()
+        self.adoptions: Counter[str] = Counter()
+        self.adopted_messages = 0
+        self.markers = 0
+        self.orphaned_slots = 0
+        self.adopting = False
+        self.slot: _Slot | None = None
+        """Asked when scraped; None while the client id is configured."""
+        self.isolations = 0
+        self.isolated = False
+        self.resubscriptions = 0
+        self.pauses = 0
+        self.pause_left_seconds = 0.0
+        self.canary = CanaryFigures()
         self.loop_lag_seconds = 0.0
         self.clock_offset_seconds = 0.0
+        self.certificate_expiry: dict[str, float] = {}
+        """By file; seconds since 1970."""
+        self.credentials_changed: Counter[str] = Counter()
+        self.credentials_unusable: Counter[str] = Counter()
+        self.credentials_faulty: dict[str, int] = {}
+        self.store_renewals: Counter[str] = Counter()
+
+
+class _Slot(Protocol):
+    """The figures of the slot that are read, not counted."""
+
+    @property
+    def state(self) -> SlotState:
+        """What it is now."""
+
+    @property
+    def lease_age(self) -> float | None:
+        """Seconds since the last confirmed renewal."""
 
 
 class _Flights(Protocol):
@@ -126,13 +176,14 @@ class Exposition:
     def __init__(  # the sources of every figure
         self,
         metrics: Metrics,
-        ledger: Ledger,
+        ledger: Ledger | Ledgers,
         flights: _Flights,
         *,
         now: Callable[[], float],
         is_ready: Callable[[], bool],
         without_device_time: Callable[[], int],
         log_lines_dropped: Callable[[], int],
+        not_ready: Callable[[], Mapping[str, bool]] = dict,
     ) -> None:
         self._metrics = metrics
         self._ledger = ledger
@@ -141,6 +192,7 @@ class Exposition:
         self._is_ready = is_ready
         self._without_device_time = without_device_time
         self._log_lines_dropped = log_lines_dropped
+        self._not_ready = not_ready
         self.registry = CollectorRegistry(auto_describe=False)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -218,6 +270,19 @@ class Exposition:
         yield _counter("batches_split", "Refused batches planned again.", metrics.batches_split)
         yield _gauge("writes_in_flight", "Requests at the driver.", self._flights.in_flight)
         yield _gauge("writes_limit", "Requests allowed at the driver.", self._flights.concurrency)
+        yield _labelled(
+            "writes_limit_changes", "Changes of that limit.", "reason", metrics.window_changes
+        )
+        yield _gauge(
+            "retries_waiting",
+            "Batches and dead letters that wait for their next attempt.",
+            metrics.retries_waiting,
+        )
+        yield _gauge(
+            "replica_sets_in_doubt",
+            "Groups of devices whose last answer was an outage; dead letters are one.",
+            metrics.replica_sets_in_doubt,
+        )
         yield _histogram(
             "device_to_durable_seconds",
             "From the device's time to the confirmed write.",
@@ -264,7 +329,26 @@ class Exposition:
             metrics.disconnects,
         )  # fmt: skip
         yield _labelled("sessions", "CONNACKs, resumed or new.", "state", metrics.sessions)
+        yield from _slot(metrics)
+        yield _counter(
+            "resubscriptions",
+            "SUBSCRIBEs sent again on a live connection that the broker granted.",
+            metrics.resubscriptions,
+        )
+        yield _counter("pauses", "Pauses begun.", metrics.pauses)
+        yield _gauge(
+            "pause_left_seconds",
+            "How long the service will still stay away from the broker.",
+            metrics.pause_left_seconds,
+        )
+        yield from _canary(metrics.canary)
         yield _gauge("ready", "1 when /readyz says yes.", int(self._is_ready()))
+        reasons = GaugeMetricFamily(
+            "shadowsvc_not_ready", "1 while this is a reason not to be ready.", labels=["reason"]
+        )
+        for reason, holds in self._not_ready().items():
+            reasons.add_metric([reason], int(holds))
+        yield reasons
         yield _gauge(
             "loop_lag_seconds", "How late the event loop ran its last timer.",
             metrics.loop_lag_seconds,
@@ -274,10 +358,128 @@ class Exposition:
             "This machine's clock less Cassandra's.",
             metrics.clock_offset_seconds,
         )
+        yield from _credentials(metrics)
         yield _counter("log_lines_dropped", "Log lines nobody took.", self._log_lines_dropped())
         info = InfoMetricFamily("shadowsvc_build", "Version of the service and of Python.")
         info.add_metric([], {"version": __version__, "python": platform.python_version()})
         yield info
+
+
+def _credentials(metrics: Metrics) -> Iterator[Metric]:
+    ends = GaugeMetricFamily(
+        "shadowsvc_certificate_expiry_timestamp_seconds",
+        "When a certificate in use ends, in seconds since 1970.",
+        labels=["file"],
+    )
+    for file, expiry in sorted(metrics.certificate_expiry.items()):
+        ends.add_metric([file], expiry)
+    yield ends
+    yield _labelled(
+        "credentials_changed",
+        "Changed certificates or passwords taken into use.",
+        "of",
+        metrics.credentials_changed,
+    )
+    yield _labelled(
+        "credentials_unusable",
+        "Changed files that could not be used; the old ones stay.",
+        "of",
+        metrics.credentials_unusable,
+    )
+    faulty = GaugeMetricFamily(
+        "shadowsvc_credentials_faulty",
+        "1 while the files as they are cannot be used.",
+        labels=["of"],
+    )
+    for side, value in sorted(metrics.credentials_faulty.items()):
+        faulty.add_metric([side], value)
+    yield faulty
+    yield _labelled(
+        "store_renewals",
+        "Sessions with Cassandra made anew, or not: credentials changed, or no host was left.",
+        "result",
+        metrics.store_renewals,
+    )
+
+
+def _canary(figures: CanaryFigures) -> Iterator[Metric]:
+    yield _counter(
+        "canary_published", "Updates of the canary that the broker took.", figures.published
+    )
+    yield _labelled(
+        "canary_unpublished",
+        "Updates of the canary that the broker did not take.",
+        "reason",
+        figures.unpublished,
+    )
+    yield _counter(
+        "canary_durable",
+        "Updates of the canary that were read back within the time limit.",
+        figures.durable,
+    )
+    yield _counter(
+        "canary_lost",
+        "Updates of the canary that were not, although nothing else was wrong.",
+        figures.lost,
+    )
+    yield _counter(
+        "canary_excused",
+        "Updates of the canary on which nothing was found out: something else was wrong.",
+        figures.excused,
+    )
+    yield _histogram(
+        "canary_seconds",
+        "From publishing an update of the canary to reading it back from Cassandra.",
+        figures.seconds,
+    )
+
+
+def _slot(metrics: Metrics) -> Iterator[Metric]:
+    slot = metrics.slot
+    states = GaugeMetricFamily(
+        "shadowsvc_slot_state",
+        "1 for the present state of the slot; no series with a configured client id.",
+        labels=["state"],
+    )
+    if slot is not None:
+        now = slot.state
+        for state in SlotState:
+            states.add_metric([state.value], int(state is now))
+    yield states
+    yield _gauge(
+        "slot_lease_age_seconds",
+        "Time since the lease of the slot was confirmed.",
+        0 if slot is None else slot.lease_age or 0,
+    )
+    yield _labelled("slot_takes", "Slots taken.", "how", metrics.slot_takes)
+    yield _labelled("slot_losses", "Slots lost or given up.", "reason", metrics.slot_losses)
+    yield _gauge(
+        "orphaned_slots",
+        "Slots that this process has seen free for long enough to be adopted.",
+        metrics.orphaned_slots,
+    )
+    yield _gauge(
+        "adopting", "1 while this process empties the session of an orphaned slot.",
+        int(metrics.adopting),
+    )  # fmt: skip
+    yield _labelled("adoptions", "Adoptions that ended.", "outcome", metrics.adoptions)
+    yield _counter(
+        "adopted_messages",
+        "Messages that sessions of orphaned slots delivered, repetitions and markers included.",
+        metrics.adopted_messages,
+    )
+    yield _counter(
+        "markers",
+        "Markers of adoptions among the messages, acknowledged and nothing else.",
+        metrics.markers,
+    )
+    yield _gauge("isolated", "1 while the broker is left, since no write succeeds.",
+        int(metrics.isolated),
+    )  # fmt: skip
+    yield _counter(
+        "isolations", "How often the broker was left, since no write succeeded.",
+        metrics.isolations,
+    )  # fmt: skip
 
 
 def _counter(name: str, text: str, value: float) -> Metric:

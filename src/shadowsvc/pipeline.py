@@ -1,18 +1,15 @@
 """The way of an update, from PUBLISH to PUBACK; the only place that joins the rooms.
 
-    publish ─▶ decode ─▶ batcher ─▶ worker: merge ─▶ store ─▶ ledger.complete ─▶ PUBACK
-                 │ Rejected                                        ▲
-                 └──▶ dead letter ─▶ worker: store ────────────────┘
+    publish ─▶ decode ─▶ batcher ─▶ writers: merge ─▶ store ─▶ ledger.complete ─▶ PUBACK
+                 │ Rejected                                         ▲
+                 └──▶ dead letter ─▶ writers: store ────────────────┘
 
 Rules:
 1. A delivery is completed only when all that it asks for is durable. There is no other way to an
    ack, and no delivery leaves the pipeline uncompleted but by being left to the broker.
 2. `publish` never waits and never raises: memory is bounded by Receive Maximum for QoS 1 and by
    dropping QoS 0 over the budget.
-3. An outage is retried for ever, the same statements with the same times, with full jitter. Only
-   an update that is refused alone, while a known-good write succeeds, becomes a dead letter.
-4. Workers are many and equal; a batch belongs to one worker until it is durable. What waits is in
-   `batcher` and `_letters`, what is under way in `_jobs`, and nowhere else.
+3. What waits is in `batcher`, what is under way in `writers`, and nowhere else.
 
 Must not come in: sockets, drivers, signals, HTTP.
 """
@@ -20,28 +17,26 @@ Must not come in: sockets, drivers, signals, HTTP.
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections import deque
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
-from shadowsvc.errors import Rejected, StoreError, StoreRefused
-from shadowsvc.shadow.merge import merge
-from shadowsvc.shadow.update import Mutations
-from shadowsvc.store.batch import Batch, Batcher, halves
+from shadowsvc.errors import Rejected
 from shadowsvc.store.deadletter import DeadLetter, FloodGate
+from shadowsvc.writers import Figures, Store, Writers
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     import mqtt5
 
+    from shadowsvc.errors import StoreRefused
     from shadowsvc.ledger import Delivery, Ledger
     from shadowsvc.metrics import Metrics
     from shadowsvc.shadow.document import Decoder
     from shadowsvc.shadow.update import Update
+    from shadowsvc.store.batch import Batcher
 
 __all__ = ["Options", "Pipeline", "Store"]
 
@@ -49,25 +44,9 @@ _log = structlog.get_logger(__name__)
 
 _CONNECT_PATIENCE_SECONDS = 1.0
 _DRAIN_POLL_SECONDS = 0.01
+_NOT_ASKED = frozenset({"connect", "connect_timeout", "tls", "stopping"})
+"""Ends of connections that never came to a CONNECT."""
 _ACK_DELAY_SECONDS = 0.001
-_WEDGED_TIMEOUTS = 5
-_WEDGED_IDLE_SECONDS = 5.0
-
-
-class Store(Protocol):
-    """What the pipeline needs from Cassandra; every call raises `StoreError` alone."""
-
-    async def write(self, mutations: Sequence[Mutations | Update]) -> None:
-        """Write durably, in one request."""
-
-    async def write_in_parts(self, mutations: Mutations) -> None:
-        """Write durably, one device that is too large for one request."""
-
-    async def write_dead_letter(self, letter: DeadLetter) -> None:
-        """Write a dead letter durably."""
-
-    async def write_probe(self) -> None:
-        """Write something that can't be refused."""
 
 
 class Options(NamedTuple):
@@ -78,16 +57,16 @@ class Options(NamedTuple):
     max_held_bytes: int = 64 * 1024 * 1024
     max_request_bytes: int = 5120
     linger_seconds: float = 0.005
+    min_concurrency: int = 2
     concurrency: int = 32
     request_timeout_seconds: float = 2.0
     retry_min_seconds: float = 0.05
     retry_max_seconds: float = 5.0
     max_dead_letters_per_minute: int = 60
-
-
-class _Letter(NamedTuple):
-    letter: DeadLetter
-    delivery: Delivery
+    marker_prefix: str = ""
+    """What the topics of markers begin with: messages of adoptions, which are no updates."""
+    failing_after_seconds: float = 1.0
+    """Writes that are retried for longer make the service not ready."""
 
 
 class Pipeline:
@@ -111,44 +90,52 @@ class Pipeline:
         self.metrics = metrics
         self.draining = False
         self.subscribed = False
-        self.failing: str | None = None
-        """Why the store's last answer was a failure; None after a success."""
-        self.concurrency = options.concurrency
+        self._connected_as: str | None = None
+        """The client id of the last session that the broker confirmed."""
+        self._asking = False
+        """Whether a connection is being made that has no CONNACK yet."""
+        self._unanswered = False
+        """Whether a CONNECT since then may have reached the broker and was never answered."""
         self.announced = options.receive_maximum
         """The Receive Maximum of the present connection."""
         self.leave: Callable[[str], None] = lambda _reason: None
         """Called to connect anew, with a reason, when too much was announced."""
-        self._store = store
         self._send = send
         self._gate = FloodGate(options.max_dead_letters_per_minute)
-        self._letters: deque[_Letter] = deque()
         self._loop = asyncio.get_running_loop()
         self._now = time.monotonic()
         self._now_us = time.time_ns() // 1000
-        self._linger: asyncio.TimerHandle | None = None
-        self._lingered = False
         self._acks_due = False
-        self._idle: list[asyncio.Future[None]] = []
-        self._jobs: set[Batch | _Letter] = set()
-        self._backing_off = 0
-        self._calls: dict[int, float] = {}
-        self._stalled_since: float | None = None
-        self._workers = [
-            asyncio.create_task(self._work(), name=f"writer {number}")
-            for number in range(options.concurrency)
-        ]
-        for worker in self._workers:
-            worker.add_done_callback(_report_death)
+        self.writers = Writers(
+            Figures(
+                max_request_bytes=options.max_request_bytes,
+                linger_seconds=options.linger_seconds,
+                min_concurrency=options.min_concurrency,
+                concurrency=options.concurrency,
+                request_timeout_seconds=options.request_timeout_seconds,
+                retry_min_seconds=options.retry_min_seconds,
+                retry_max_seconds=options.retry_max_seconds,
+                failing_after_seconds=options.failing_after_seconds,
+            ),
+            batcher,
+            store,
+            metrics,
+            completed=self._complete,
+            condemned=self._condemn,
+        )
 
     # ---------------------------------------------------------------- from the connection
 
     async def begin_connection(self) -> int:
         """Start a new epoch; return the Receive Maximum that is left to announce."""
         self.subscribed = False
+        self._asking = True
         self.ledger.begin_epoch()
         # What is at the driver will be durable in a moment: then its place is free again.
         deadline = time.monotonic() + _CONNECT_PATIENCE_SECONDS
-        while self.ledger.held and not self.failing and time.monotonic() < deadline:  # noqa: ASYNC110 - short
+        while self.ledger.held and time.monotonic() < deadline:
+            if self.writers.in_trouble:
+                break
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
         # Last copies take places; when they take all, there is nothing to connect for yet.
         while self.ledger.last_copies >= self.options.receive_maximum:  # noqa: ASYNC110 - rare
@@ -156,16 +143,32 @@ class Pipeline:
         self.announced = self.options.receive_maximum - self.ledger.last_copies
         return self.announced
 
+    def identify(self, client_id: str) -> None:
+        """Go by this client id from now on: the next connection will, and dead letters do."""
+        if client_id != self.options.client_id:
+            self.options = self.options._replace(client_id=client_id)
+
     def connected(self, *, session_present: bool) -> None:
         """Settle what older connections left, by what the broker remembers."""
         self.metrics.sessions["resumed" if session_present else "new"] += 1
-        if session_present:
+        client_id = self.options.client_id
+        former, self._connected_as = self._connected_as, client_id
+        # A CONNECT without an answer may have made the session that is resumed now.
+        doubtful, self._unanswered = self._unanswered, False
+        self._asking = False
+        if session_present and former in (None, client_id) and not doubtful:
             abandoned = self._abandon_repeated()
-            _log.info("session resumed", abandoned=abandoned)
+            _log.info("session resumed", client_id=client_id, abandoned=abandoned)
             return
+        # What came by another client id is not repeated to this one; it may be the last copy.
         for delivery in self._waiting_deliveries():
             self.ledger.keep(delivery)
-        _log.info("session is new", last_copies=self.ledger.last_copies)
+        _log.info(
+            "another session resumed" if session_present else "session is new",
+            client_id=client_id,
+            doubtful=doubtful,
+            last_copies=self.ledger.last_copies,
+        )
         if self.ledger.last_copies + self.announced > self.options.receive_maximum:
             # Nothing is subscribed yet: connect anew and announce what is left.
             self.leave("receive_maximum")
@@ -179,6 +182,9 @@ class Pipeline:
         self.subscribed = False
         self.ledger.begin_epoch()
         self.metrics.disconnects[reason] += 1
+        asked = reason not in _NOT_ASKED and not reason.startswith("connack_")
+        self._unanswered |= self._asking and asked
+        self._asking = False
 
     def begin_chunk(self) -> None:
         """Set the time of the messages that follow."""
@@ -234,10 +240,10 @@ class Pipeline:
 
     def end_chunk(self) -> None:
         """Start what the chunk made ready."""
-        if self.batcher.ready or self._letters:
-            self._wake()
-        if self.batcher.is_open and self._linger is None:
-            self._linger = self._loop.call_later(self.options.linger_seconds, self._on_linger)
+        if self.writers.has_work:
+            self.writers.wake()
+        if self.batcher.is_open:
+            self.writers.linger()
 
     def over_receive_maximum(self) -> bool:
         """Whether more waits for an ack than this connection's Receive Maximum allows."""
@@ -248,31 +254,35 @@ class Pipeline:
     @property
     def in_flight(self) -> int:
         """Requests at the driver now."""
-        return len(self._calls)
+        return self.writers.in_flight
+
+    @property
+    def concurrency(self) -> int:
+        """How many requests may be at the driver now."""
+        return self.writers.window.limit
+
+    @property
+    def failing(self) -> str | None:
+        """Why writes fail, while one has been retried for more than a moment; else None."""
+        return self.writers.failing
+
+    @property
+    def failing_since(self) -> float | None:
+        """Since when every write failed, monotonic seconds; None after a success."""
+        return self.writers.failing_since
 
     def wedged(self, now: float) -> str | None:
         """Say why the pipeline can't go on by itself, or None. An outage is no wedge."""
-        limit = _WEDGED_TIMEOUTS * self.options.request_timeout_seconds
-        for started in self._calls.values():
-            if now - started > limit:
-                return f"a request to Cassandra has had no answer for {now - started:.0f} s"
-        dead = sum(worker.done() for worker in self._workers)
-        if dead:
-            return f"{dead} writers have ended"
-        planned = bool(self.batcher.ready or self._letters)
-        if not planned or self._calls or self._backing_off:
-            self._stalled_since = None
-        elif self._stalled_since is None:
-            self._stalled_since = now  # it may have been planned in this very turn of the loop
-        elif now - self._stalled_since > _WEDGED_IDLE_SECONDS:
-            return "work is planned and nothing is in flight"
-        return None
+        return self.writers.wedged(now)
 
     async def drain(self, timeout_seconds: float) -> bool:
-        """Take nothing more, write what is held; False when that did not end in time."""
+        """Take nothing more, write what is held; False when that did not end in time.
+
+        For a stop and for a pause; after a pause `take_again`.
+        """
         self.draining = True
         self.batcher.seal()
-        self._wake()
+        self.writers.wake()
         deadline = time.monotonic() + timeout_seconds
         while self.ledger.held:
             if time.monotonic() >= deadline:
@@ -281,199 +291,13 @@ class Pipeline:
         self._flush_acks()
         return True
 
+    def take_again(self) -> None:
+        """Undo `drain`: a pause is over."""
+        self.draining = False
+
     async def close(self) -> None:
         """Stop the workers; what they were writing has an unknown outcome and no ack."""
-        if self._linger is not None:
-            self._linger.cancel()
-        for worker in self._workers:
-            worker.cancel()
-        await asyncio.gather(*self._workers, return_exceptions=True)
-
-    # ---------------------------------------------------------------- workers
-
-    def _on_linger(self) -> None:
-        self._linger = None
-        if self._idle:
-            self.batcher.seal()
-            self._wake()
-        else:
-            # Every worker is busy: the open batches fill up until one is free.
-            self._lingered = True
-
-    def _wake(self) -> None:
-        idle = self._idle
-        for _ in range(min(len(idle), len(self.batcher.ready) + len(self._letters))):
-            future = idle.pop()
-            if not future.done():
-                future.set_result(None)
-
-    async def _work(self) -> None:
-        batcher = self.batcher
-        while True:
-            if self._letters:
-                letter = self._letters.popleft()
-                await self._write_letter(letter)
-            elif batcher.ready:
-                batch = batcher.ready.popleft()
-                self._jobs.add(batch)
-                try:
-                    await self._write_batch(batch)
-                finally:
-                    self._jobs.discard(batch)
-            elif self._lingered and batcher.is_open:
-                self._lingered = False
-                batcher.seal()
-            else:
-                self._lingered = False
-                future = self._loop.create_future()
-                self._idle.append(future)
-                await future
-
-    async def _write_batch(self, batch: Batch) -> None:
-        """Write a batch until it is durable, split, or left to the broker."""
-        attempt = 0
-        proven = False
-        while True:
-            # An update that is alone needs no merging: the store takes it as it is.
-            mutations = [
-                updates[0] if len(updates) == 1 else merge(updates)
-                for updates in batch.devices.values()
-            ]
-            try:
-                if batch.size_bytes > self.options.max_request_bytes and len(mutations) == 1:
-                    whole = merge(next(iter(batch.devices.values())))
-                    await self._call(self._store.write_in_parts(whole))
-                else:
-                    await self._call(self._store.write(mutations))
-            except StoreRefused as error:
-                if len(batch) > 1:
-                    await self._write_halves(batch)
-                elif proven:
-                    self._condemn(batch, error)
-                else:
-                    # Refused again after a write that can't be refused: then it is guilty.
-                    proven = await self._prove_store(batch)
-                    if proven:
-                        continue
-                return
-            except StoreError as error:
-                proven = False
-                attempt += 1
-                await self._back_off(attempt, error)
-                if not self._still_wanted(batch):
-                    return
-                continue
-            self._durable(batch, mutations)
-            return
-
-    def _durable(self, batch: Batch, mutations: list[Mutations | Update]) -> None:
-        metrics = self.metrics
-        now_us = time.time_ns() // 1000
-        updates = batch.updates()
-        metrics.device_to_durable_us.observe_each([now_us - update.time_us for update in updates])
-        count = len(updates)
-        metrics.updates_durable += count
-        metrics.batch_partitions.observe(len(mutations))
-        if count > len(mutations):
-            metrics.updates_merged += count - len(mutations)
-            metrics.leaves_merged_away += sum(
-                mutation.merged_away for mutation in mutations if isinstance(mutation, Mutations)
-            )
-        self._complete([update.token for update in updates])  # type: ignore[misc]  # `publish`
-
-    async def _write_halves(self, batch: Batch) -> None:
-        """Write a refused batch in two parts, on the way to the update that is refused alone."""
-        self.metrics.batches_split += 1
-        for part in halves(batch) or ():
-            self._jobs.add(part)
-            try:
-                await self._write_batch(part)
-            finally:
-                self._jobs.discard(part)
-
-    async def _prove_store(self, batch: Batch) -> bool:
-        """Write what can't be refused until that works; False when the batch was left meanwhile.
-
-        A table that refuses everything is an outage, not a bad update.
-        """
-        attempt = 0
-        while True:
-            try:
-                await self._call(self._store.write_probe())
-            except StoreError as error:
-                attempt += 1
-                await self._back_off(attempt, error)
-                if not self._still_wanted(batch):
-                    return False
-            else:
-                return self._still_wanted(batch)
-
-    def _condemn(self, batch: Batch, error: StoreRefused) -> None:
-        """Make a dead letter of the one update of a batch."""
-        if self._still_wanted(batch):
-            _log.error("the store refuses an update", error=str(error), limit_by=error.kind)
-            update = batch.updates()[0]
-            self._reject(_delivery(update), "refused_by_store", str(error), update.time_us)
-            self._wake()
-
-    async def _write_letter(self, item: _Letter) -> None:
-        attempt = 0
-        self._jobs.add(item)
-        try:
-            while not item.delivery.done:
-                try:
-                    await self._call(self._store.write_dead_letter(item.letter))
-                except StoreError as error:
-                    attempt += 1
-                    await self._back_off(attempt, error)
-                    continue
-                self.metrics.dead_letters[item.letter.reason] += 1
-                self._complete((item.delivery,))
-        finally:
-            self._jobs.discard(item)
-
-    async def _call(self, request: Awaitable[None]) -> None:
-        """Await one request to the store; count it, its time and its failure."""
-        started = time.monotonic()
-        key = id(request)
-        self._calls[key] = started
-        self._stalled_since = None
-        try:
-            await request
-        except StoreError as error:
-            self.metrics.write_errors[error.kind] += 1
-            raise
-        else:
-            if self.failing:
-                self._recovered()
-        finally:
-            del self._calls[key]
-            self.metrics.write_seconds.observe(time.monotonic() - started)
-
-    async def _back_off(self, attempt: int, error: StoreError) -> None:
-        """Wait before the next attempt: full jitter, doubling up to the limit.
-
-        Whatever is tried again is an outage: a refused probe or dead letter too.
-        """
-        self._failed(error)
-        options = self.options
-        self.metrics.write_retries[error.kind] += 1
-        doublings = min(attempt - 1, 16)
-        ceiling = min(options.retry_max_seconds, options.retry_min_seconds * 2**doublings)
-        self._backing_off += 1
-        try:
-            await asyncio.sleep(random.uniform(options.retry_min_seconds / 2, ceiling))  # noqa: S311
-        finally:
-            self._backing_off -= 1
-
-    def _failed(self, error: StoreError) -> None:
-        if self.failing is None:
-            _log.warning("writes fail and are retried", kind=error.kind, error=str(error))
-        self.failing = f"{error.kind}: {error}"
-
-    def _recovered(self) -> None:
-        self.failing = None
-        _log.info("writes succeed again")
+        await self.writers.close()
 
     # ---------------------------------------------------------------- deliveries
 
@@ -481,8 +305,14 @@ class Pipeline:
         self, delivery: Delivery, reason: str, detail: str, device_us: int | None = None
     ) -> None:
         """Make a dead letter of a message, or count it when its sender floods."""
-        self.metrics.rejected[reason] += 1
         topic, payload, retain, duplicate, properties = delivery.message
+        markers = self.options.marker_prefix
+        if markers and topic.startswith(markers):
+            # Also where none is awaited: that of an adoption that was given up may come here.
+            self.metrics.markers += 1
+            self._complete((delivery,))
+            return
+        self.metrics.rejected[reason] += 1
         device = self.decoder.device_of(topic)
         if not self._gate.admits(device or topic[:160], self._now):
             self.metrics.dead_letters_suppressed += 1
@@ -504,7 +334,11 @@ class Pipeline:
         )
         # The row is made: the whole payload need not be held any longer.
         delivery.message = None
-        self._letters.append(_Letter(letter, delivery))
+        self.writers.add_letter(letter, delivery)
+
+    def _condemn(self, update: Update, error: StoreRefused) -> None:
+        """Make a dead letter of an update that the store will never take."""
+        self._reject(_delivery(update), "refused_by_store", str(error), update.time_us)
 
     def _complete(self, deliveries: Iterable[Delivery]) -> None:
         self.ledger.complete(deliveries)
@@ -520,27 +354,11 @@ class Pipeline:
         if acks:
             self._send(acks)
 
-    def _still_wanted(self, batch: Batch) -> bool:
-        """Take out of a waiting batch what was left to the broker; False when nothing is left."""
-        for device, updates in list(batch.devices.items()):
-            kept = [update for update in updates if not _delivery(update).done]
-            if len(kept) < len(updates):
-                if kept:
-                    batch.devices[device] = kept
-                else:
-                    del batch.devices[device]
-        return bool(batch.devices)
-
     def _waiting_deliveries(self) -> list[Delivery]:
         """Every delivery held, at the driver or not."""
-        waiting = [item.delivery for item in self._letters]
+        waiting: list[Delivery] = list(self.writers.deliveries())
         for batch in self.batcher.batches():
             waiting.extend(map(_delivery, batch.updates()))
-        for job in self._jobs:
-            if isinstance(job, Batch):
-                waiting.extend(map(_delivery, job.updates()))
-            else:
-                waiting.append(job.delivery)
         return waiting
 
     def _abandon_repeated(self) -> int:
@@ -549,24 +367,8 @@ class Pipeline:
         before = ledger.abandoned
         for update in self.batcher.drop(lambda update: ledger.is_repeated(_delivery(update))):
             ledger.abandon(_delivery(update))
-        kept = deque[_Letter]()
-        for item in self._letters:
-            if ledger.is_repeated(item.delivery):
-                ledger.abandon(item.delivery)
-            else:
-                kept.append(item)
-        self._letters = kept
-        if self.failing:
-            # What waits for its next attempt is in memory alone too; workers look before it.
-            for delivery in self._waiting_deliveries():
-                if ledger.is_repeated(delivery):
-                    ledger.abandon(delivery)
+        self.writers.abandon(ledger.abandon)
         return ledger.abandoned - before
-
-
-def _report_death(worker: asyncio.Task[None]) -> None:
-    if not worker.cancelled() and (error := worker.exception()) is not None:
-        _log.critical("a writer ended", exc_info=error)
 
 
 def _delivery(update: Update) -> Delivery:

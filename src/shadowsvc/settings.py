@@ -8,12 +8,13 @@ where values come from and rules between settings (`shadowsvc.config`), and any 
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import types
 import typing
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path  # noqa: TC003 - pydantic resolves the annotations at run time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -39,16 +40,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LAYERS",
+    "MAX_CLIENT_ID",
     "PREFIX",
+    "Canary",
     "Cassandra",
     "DeadLetters",
     "Http",
+    "Ingress",
     "Limits",
     "Log",
     "Mqtt",
     "Setting",
     "Settings",
     "Shadow",
+    "Slots",
     "all_settings",
     "variable",
 ]
@@ -57,7 +62,8 @@ PREFIX = "SHADOWSVC_"
 _DELIMITER = "__"
 
 _DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883}
-_MAX_CLIENT_ID = 128
+MAX_CLIENT_ID = 128
+"""Characters."""
 _MAX_UINT32 = 4_294_967_295
 _MAX_PACKET_BYTES = 268_435_460  # MQTT 5 §2.1.4: 268,435,455 after a header of at most 5 bytes
 _MAX_TTL_SECONDS = 630_720_000  # Cassandra's `Attributes.MAX_TTL`: 20 years
@@ -103,17 +109,31 @@ def _url(text: str) -> str:
 
 
 def _client_id(text: str) -> str:
-    if len(text) > _MAX_CLIENT_ID:
+    if len(text) > MAX_CLIENT_ID:
         raise ValueError(f"it has {len(text)} characters")
     if _has_control(text):
         raise ValueError("it has a control character")
     return text
 
 
+def _name(text: str) -> str:
+    if not text:
+        raise ValueError("it is empty")
+    return _client_id(text)
+
+
 def _share_group(text: str) -> str:
     # MQTT 5 §4.8.2: a ShareName has at least one character and none of "/", "+", "#".
     if not text or any(char in text for char in "/+#") or _has_control(text):
         raise ValueError("it is no share name (MQTT 5 §4.8.2)")
+    return text
+
+
+def _marker_topic(text: str) -> str:
+    if not text or any(char in text for char in "+#") or _has_control(text):
+        raise ValueError("a wildcard, a control character or nothing at all cannot lead a topic")
+    if text.startswith("$") or text.endswith("/"):
+        raise ValueError('a "$" in front or a "/" at the end')
     return text
 
 
@@ -124,6 +144,12 @@ def _topic_prefix(text: str) -> str:
         raise ValueError('brokers fail on shared subscriptions to topics that start with "$"')
     if text.startswith("/") or text.endswith("/") or "//" in text:
         raise ValueError('an empty level: "/" belongs between levels only')
+    return text
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.:@=-]{1,128}", text):  # as `shadowsvc.shadow.topic` has it
+        raise ValueError("no device can have this name")
     return text
 
 
@@ -147,6 +173,44 @@ def _hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
         if host.count(":") == 1:
             raise ValueError(f"{host!r} names a port: give {PREFIX}CASSANDRA__PORT")
     return hosts
+
+
+def _names(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        # RFC 6335 §5.1, as Kubernetes has it; or the number of a port.
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,13}[a-z0-9])?", name):
+            raise ValueError(f"{name!r} is no name of a port")
+    if len(set(names)) != len(names):
+        raise ValueError("a name is given twice")
+    return names
+
+
+def _addresses(addresses: tuple[str, ...]) -> tuple[str, ...]:
+    for address in addresses:
+        ipaddress.ip_address(address)  # raises ValueError with words of its own
+    if len(set(addresses)) != len(addresses):
+        raise ValueError("an address is given twice")
+    return addresses
+
+
+def _source_ports(text: str) -> str:
+    if text:
+        match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]) <= 65_535:  # noqa: PLR2004 - TCP
+            raise ValueError("it is no range of ports")
+    return text
+
+
+def _dns_label(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text):  # RFC 1123 §2.1
+        raise ValueError("it is no name that Kubernetes allows")
+    return text
+
+
+def _listen_host(text: str) -> str:
+    if text != "*":
+        ipaddress.ip_address(text)
+    return text
 
 
 def _keyspace(text: str) -> str:
@@ -215,11 +279,11 @@ class Mqtt(_Section):
     client_id: Annotated[
         str,
         AfterValidator(_client_id),
-        _Allowed(f"1 to {_MAX_CLIENT_ID} characters, no control characters"),
+        _Allowed(f"up to {MAX_CLIENT_ID} characters, no control characters"),
     ] = Field(
         default="",
         description="Client id, the name of the persistent session: the same after a restart, and "
-        "another for each process. Needed by `run`.",
+        "another for each process. Without one the process leases a slot.",
     )
     share_group: Annotated[
         str, AfterValidator(_share_group), _Allowed('one or more characters, no "/", "+" or "#"')
@@ -283,6 +347,14 @@ class Mqtt(_Section):
     )
     topic_alias_maximum: int = Field(
         default=16, ge=0, le=65_535, description="Topic aliases that the broker may use; 0: none."
+    )
+    resubscribe_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        le=86_400,
+        allow_inf_nan=False,
+        description="How often to subscribe again, give or take a fifth, since a cluster with a "
+        "node down may have granted what it did not do; 0: never.",
     )
 
     @property
@@ -384,7 +456,18 @@ class Cassandra(_Section):
         description="Longest wait of an update for company in its batch; 0: none.",
     )
     concurrency: int = Field(
-        default=32, ge=1, le=256, description="Batches in flight at most, all nodes together."
+        default=32,
+        ge=1,
+        le=256,
+        description="Batches in flight at most, all nodes together. How many there are below that "
+        "follows Cassandra's latency and overload.",
+    )
+    min_concurrency: int = Field(
+        default=2,
+        ge=1,
+        le=256,
+        description="Batches in flight that are allowed whatever Cassandra's latency; the same as "
+        "the most: a fixed limit.",
     )
     retry_min_seconds: Seconds = Field(
         default=0.05, description="Upper end of the first wait before a retry; waits are jittered."
@@ -412,6 +495,15 @@ class Shadow(_Section):
         ge=1,
         le=_MAX_KEY_BYTES - 1024,
         description="Longest path of a leaf, in bytes.",
+    )
+    max_user_properties: int = Field(
+        default=64, ge=0, le=10_000, description="User properties of one message."
+    )
+    max_user_properties_bytes: int = Field(
+        default=8192,
+        ge=0,
+        le=_MIB,
+        description="Names and values of the user properties of one message together, in bytes.",
     )
     timestamp_unit: Annotated[
         Literal["auto", "seconds", "milliseconds", "microseconds"], BeforeValidator(_lower)
@@ -443,6 +535,19 @@ class Limits(_Section):
         description="Payload bytes held at most, from receipt to acknowledgement. QoS 0 above it "
         "is dropped and counted.",
     )
+    login_retry_min_seconds: Seconds = Field(
+        default=10.0,
+        description="Shortest wait after the broker or Cassandra refused the login, so that no "
+        "account gets locked; a changed password file is tried at once.",
+    )
+    login_retry_max_seconds: Seconds = Field(
+        default=300.0, description="Longest wait after a refused login."
+    )
+    isolate_after_seconds: Seconds = Field(
+        default=60.0,
+        description="Without one successful write for this long, although writes are attempted, "
+        "the service leaves the broker, keeping its session, until a write succeeds.",
+    )
     drain_timeout_seconds: Seconds = Field(
         default=20.0,
         description="Time limit of an orderly stop; below the grace period of what stops it.",
@@ -460,6 +565,73 @@ class DeadLetters(_Section):
         ge=1,
         le=1_000_000,
         description="Dead letters stored of one device; more are acknowledged and counted only.",
+    )
+
+
+class Slots(_Section):
+    """Client ids that processes lease from one another; only without a client id of one's own."""
+
+    broker: Annotated[
+        str,
+        AfterValidator(_name),
+        _Allowed(f"1 to {MAX_CLIENT_ID} characters, no control characters"),
+    ] = Field(
+        default="default",
+        description="Name of the broker cluster: services at different clusters that share a "
+        "keyspace need different names.",
+    )
+    max_slots: int = Field(
+        default=64,
+        ge=1,
+        le=1000,
+        description="Slots of a group at most, and so its processes; a process more waits.",
+    )
+    lease_seconds: int = Field(
+        default=30,
+        ge=2,
+        le=3600,
+        description="How long a slot stays taken without being renewed: after a crash it is free "
+        "after this time.",
+    )
+    renew_seconds: Seconds = Field(default=10.0, description="How often a lease is renewed.")
+    orphan_after_seconds: Seconds = Field(
+        default=300.0,
+        description="A slot that was free for this long, as one process saw it, is an orphan: what "
+        "the broker still holds for it is fetched, then it is deleted.",
+    )
+    marker_topic: Annotated[
+        str,
+        AfterValidator(_marker_topic),
+        _Allowed('topic levels without "+" and "#"; no "$" in front, no "/" at the end'),
+    ] = Field(
+        default="shadowsvc/marker",
+        description="An orphan's queue is at its end when a marker comes, published to this topic "
+        "and the slot's name behind it; not below `mqtt.topic_prefix`.",
+    )
+    adopt_quiet_seconds: Seconds = Field(
+        default=10.0,
+        description="How long nothing may come after the marker before an orphan's session is "
+        "ended.",
+    )
+
+
+class Canary(_Section):
+    """Updates of a reserved device that the service publishes itself and reads back."""
+
+    enabled: bool = Field(default=False, description="Whether to publish them.")
+    device: Annotated[
+        str, AfterValidator(_device), _Allowed("1 to 128 characters of A-Z a-z 0-9 _ . : @ = -")
+    ] = Field(
+        default="shadowsvc-canary",
+        description="Name of the reserved device. Each process has a named shadow of it.",
+    )
+    interval_seconds: float = Field(
+        default=5.0, ge=0.1, le=3600, allow_inf_nan=False, description="From one to the next."
+    )
+    timeout_seconds: Seconds = Field(
+        default=30.0,
+        description="After how long without one that became durable the service is not ready; "
+        "twice the interval at least, a hundred times at most.",
     )
 
 
@@ -483,6 +655,170 @@ class Log(_Section):
     )
 
 
+ListenPort = Annotated[int, Field(ge=0, le=65_535)]
+PortNames = Annotated[
+    "tuple[str, ...]",
+    BeforeValidator(_contact_points),
+    AfterValidator(_names),
+    _Allowed("names or numbers of ports, separated by commas"),
+]
+
+
+class Ingress(_Section):
+    """HAProxy in front of the brokers; of `shadowsvc ingress` alone."""
+
+    kubeconfig: Annotated[Path | None, _Allowed("path of a kubeconfig file")] = Field(
+        default=None,
+        description="How to reach the Kubernetes API; without it by the pod's service account.",
+    )
+    namespace: Annotated[str, AfterValidator(_dns_label), _Allowed("1 to 63 of a-z, 0-9 and -")] = (
+        Field(default="shadowsvc", description="Namespace of the brokers' Service.")
+    )
+    service: Annotated[str, AfterValidator(_dns_label), _Allowed("1 to 63 of a-z, 0-9 and -")] = (
+        Field(
+            default="vernemq-headless",
+            description="Service whose EndpointSlices name the brokers' pods.",
+        )
+    )
+    address_type: Literal["IPv4", "IPv6"] = Field(
+        default="IPv4", description="Which addresses of a pod are used."
+    )
+    mqtt_ports: PortNames = Field(
+        default=("mqtt-0", "mqtt-1", "mqtt-2", "mqtt-3"),
+        description="Ports of a pod that take MQTT, by their names in the EndpointSlice or by "
+        "number. Each multiplies the connections that one ingress node can have to a pod; those "
+        "that a pod lacks are left out.",
+    )
+    websocket_ports: PortNames = Field(
+        default=("ws-0", "ws-1", "ws-2", "ws-3"),
+        description="Likewise, MQTT over WebSocket.",
+    )
+    listen_host: Annotated[
+        str, AfterValidator(_listen_host), _Allowed("an address, or * for all")
+    ] = Field(default="*", description="Address that HAProxy listens on.")
+    listen_mqtt: ListenPort = Field(default=1883, description="Port for MQTT; 0: none.")
+    listen_mqtts: ListenPort = Field(
+        default=8883, description="Port for MQTT by TLS; 0, or without certificates: none."
+    )
+    listen_websocket: ListenPort = Field(default=80, description="Port for WebSocket; 0: none.")
+    listen_websocket_tls: ListenPort = Field(
+        default=443, description="Port for WebSocket by TLS; 0, or without certificates: none."
+    )
+    statistics_host: Annotated[
+        str, AfterValidator(_listen_host), _Allowed("an address, or * for all")
+    ] = Field(
+        default="*",
+        description="Address for HAProxy's statistics, which have no login: one that devices do "
+        "not reach.",
+    )
+    listen_statistics: ListenPort = Field(
+        default=8404, description="Port of HAProxy's `/stats` and `/metrics`; 0: none."
+    )
+    balance: Literal["roundrobin", "leastconn"] = Field(
+        default="leastconn",
+        description="Which broker gets a new connection: the next, or the one with the fewest.",
+    )
+    proxy_protocol: Literal["off", "v1", "v2"] = Field(
+        default="off",
+        description="Whether HAProxy tells brokers the device's address by the PROXY protocol; the "
+        "brokers' listeners have to expect it (VerneMQ: `proxy_protocol = on`).",
+    )
+    max_connection_rate: int = Field(
+        default=1000,
+        ge=0,
+        le=1_000_000,
+        description="New connections a second of MQTT, and as many of WebSocket, on one ingress "
+        "node. What comes faster waits in the kernel's queue; 0: no limit.",
+    )
+    max_connection_rate_per_source: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="New connections a second of one address of a device; what comes faster is "
+        "closed. Many devices may share an address. 0: no limit.",
+    )
+    max_connections: int = Field(
+        default=0,
+        ge=0,
+        le=10_000_000,
+        description="Connections of devices at once; 0: as many as file descriptors allow, which "
+        "are two for each.",
+    )
+    source_addresses: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_contact_points),
+        AfterValidator(_addresses),
+        _Allowed("addresses, separated by commas"),
+    ] = Field(
+        default=(),
+        description="Addresses of the ingress node to connect to brokers from. An address has "
+        "about 28,000 ports towards each port of a pod (net.ipv4.ip_local_port_range), or 64,000 "
+        "with `source_ports`; each address in this list adds as many.",
+    )
+    source_ports: Annotated[
+        str, AfterValidator(_source_ports), _Allowed("LOWEST-HIGHEST, or nothing")
+    ] = Field(
+        default="",
+        description="Ports to connect from, such as 1024-65535; without it as the kernel chooses. "
+        "Needs `source_addresses`.",
+    )
+    connect_timeout_seconds: Seconds = Field(
+        default=5.0, description="Time limit for HAProxy's connection to a broker."
+    )
+    tunnel_timeout_seconds: float = Field(
+        default=86_400.0,
+        ge=1,
+        le=2_000_000,
+        allow_inf_nan=False,
+        description="A connection without a byte in either direction for this long is closed; "
+        "above one and a half times the longest keep-alive of a device. Peers that are gone are "
+        "found by TCP's keep-alive after four minutes.",
+    )
+    health_check: Literal["off", "tcp", "mqtt"] = Field(
+        default="tcp",
+        description="How HAProxy checks a broker: whether it takes a connection, or whether it "
+        "answers CONNECT, or a WebSocket's handshake, too.",
+    )
+    health_check_seconds: Seconds = Field(default=5.0, description="How often.")
+    slow_start_seconds: float = Field(
+        default=30.0,
+        ge=0,
+        le=3600,
+        allow_inf_nan=False,
+        description="How long a broker that came back takes to get its full share of new "
+        "connections; 0: at once.",
+    )
+    hard_stop_after_seconds: float = Field(
+        default=604_800.0,
+        ge=1,
+        le=2_000_000,
+        allow_inf_nan=False,
+        description="After a reload the old process keeps its connections until they end, at most "
+        "for this long.",
+    )
+    certificate_directory: Annotated[Path | None, _Allowed("path of a directory")] = Field(
+        default=None,
+        description="Certificates for TLS: NAME.crt and NAME.key, as a Secret has them, or "
+        "NAME.pem with both. Changed files are taken into use without a restart.",
+    )
+    template_file: Annotated[Path | None, _Allowed("path of a jinja2 template")] = Field(
+        default=None, description="Template of HAProxy's configuration in place of the own one."
+    )
+    directory: Annotated[Path, _Allowed("path of a directory")] = Field(
+        default=Path("/run/haproxy"),
+        description="Where configuration, certificates and sockets lie: shared with HAProxy, "
+        "writable for both.",
+    )
+    haproxy: Annotated[str, _Allowed("a program")] = Field(
+        default="haproxy", description="HAProxy's program, which checks each configuration."
+    )
+    start_haproxy: bool = Field(
+        default=False,
+        description="Whether to start HAProxy. Else somebody else does, with "
+        "`haproxy -W -db -S DIRECTORY/master.sock -f DIRECTORY/haproxy.cfg`.",
+    )
+
+
 class Settings(BaseSettings):
     """All settings. Made by `shadowsvc.config.load`; `Settings()` alone has the defaults only."""
 
@@ -499,6 +835,9 @@ class Settings(BaseSettings):
     shadow: Shadow = Shadow()
     limits: Limits = Limits()
     dead_letters: DeadLetters = DeadLetters()
+    slots: Slots = Slots()
+    canary: Canary = Canary()
+    ingress: Ingress = Ingress()
     http: Http = Http()
     log: Log = Log()
 

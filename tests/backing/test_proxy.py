@@ -51,6 +51,24 @@ async def connect(proxy: FaultProxy) -> Stream:
     return await asyncio.open_connection(proxy.host, proxy.port)
 
 
+class Followed:
+    """A watch that counts."""
+
+    def __init__(self) -> None:
+        self.came_bytes = dict.fromkeys(Direction, 0)
+        self.went_bytes = dict.fromkeys(Direction, 0)
+        self.over = False
+
+    def came(self, direction: Direction, data: bytes) -> None:
+        self.came_bytes[direction] += len(data)
+
+    def went(self, direction: Direction, count: int) -> None:
+        self.went_bytes[direction] += count
+
+    def ended(self) -> None:
+        self.over = True
+
+
 async def echoed(stream: Stream, data: bytes) -> bytes:
     stream[1].write(data)
     return await asyncio.wait_for(stream[0].readexactly(len(data)), 10)
@@ -242,3 +260,28 @@ async def test_close_resets_open_connections_and_start_listens_on_the_same_port(
         stream = await connect(proxy)
         assert await echoed(stream, b"y") == b"y"
         stream[1].close()
+
+
+async def test_a_watch_follows_each_connection_from_what_came_to_what_went() -> None:
+    watches: list[Followed] = []
+
+    def watch() -> Followed:
+        watches.append(Followed())
+        return watches[-1]
+
+    async with proxied() as (_, proxy):
+        proxy.watch = watch
+        idle, stream = await connect(proxy), await connect(proxy)
+        assert await echoed(stream, b"seen") == b"seen"
+        first, second = watches
+        assert second.came_bytes == second.went_bytes == dict.fromkeys(Direction, 4)
+        assert first.came_bytes == dict.fromkeys(Direction, 0)
+        proxy.half_open()
+        stream[1].write(b"swallowed")
+        await until(lambda: second.came_bytes[Direction.TO_SERVER] == 13)
+        assert second.went_bytes[Direction.TO_SERVER] == 4
+        assert not second.over
+        proxy.reset()
+        await until(lambda: first.over and second.over)
+        for _, writer in (idle, stream):
+            writer.close()

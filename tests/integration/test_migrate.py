@@ -102,10 +102,11 @@ def test_an_absent_keyspace_gets_the_whole_schema(settings: Settings, session: A
         (report.keyspace,),
     )
     options = {name: rest for name, *rest in tables}
-    assert set(options) == {"shadow", "dead_letter", "schema_version", "schema_lock"}
+    assert set(options) == {"shadow", "dead_letter", "slot", "schema_version", "schema_lock"}
     assert options["shadow"][:2] == [864_000, 0]
     assert options["shadow"][2]["class"].endswith("LeveledCompactionStrategy")
     assert options["dead_letter"][:2] == [86_400, 2_592_000]
+    assert options["slot"][:2] == [86_400, 0]
     assert options["dead_letter"][2]["class"].endswith("TimeWindowCompactionStrategy")
 
 

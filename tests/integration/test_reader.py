@@ -198,7 +198,7 @@ def test_a_time_beyond_the_calendar_is_read(session: Any, device: str) -> None:
     assert found.updated_at_ms == 2**62
 
 
-def test_without_the_keyspace_it_says_to_migrate(settings: Settings) -> None:
-    absent = Settings(cassandra=settings.cassandra.model_copy(update={"keyspace": "absent"}))
+def test_without_the_keyspace_it_says_to_migrate(settings: Settings, unique: str) -> None:
+    absent = Settings(cassandra=settings.cassandra.model_copy(update={"keyspace": unique}))
     with pytest.raises(SchemaBehind, match="shadowsvc migrate"):
         read_shadow(absent, "d", "")

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import socket
 import ssl
 import subprocess
-from typing import TYPE_CHECKING, NamedTuple
+import threading
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
 import backing
 from backing import ListenerTls, Mosquitto
+from shadowsvc.errors import StoreUnavailable
+from shadowsvc.settings import Cassandra
+from shadowsvc.store import driver
+from shadowsvc.store.cassandra import CassandraStore
+from tests.certificates import LOCAL, Authority
 from tests.oracle import Oracle
 from tests.service import ServiceProcess, variables
 
@@ -21,54 +28,20 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(180)
 
 
-class Certificates(NamedTuple):
-    """PEM files of one authority."""
-
-    folder: Path
-
-    @property
-    def ca(self) -> Path:
-        return self.folder / "ca.pem"
-
-    def pair(self, name: str) -> tuple[Path, Path]:
-        return self.folder / f"{name}.pem", self.folder / f"{name}.key"
-
-    def issue(self, name: str, alternative_names: str) -> None:
-        certificate, key = self.pair(name)
-        request, extensions = self.folder / f"{name}.csr", self.folder / f"{name}.ext"
-        extensions.write_text(
-            f"subjectAltName={alternative_names}\n"
-            "authorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\n"
-        )
-        openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", request,
-                "-subj", f"/CN={name}")  # fmt: skip
-        openssl("x509", "-req", "-in", request, "-CA", self.ca, "-CAkey", self.folder / "ca.key",
-                "-CAcreateserial", "-days", "2", "-out", certificate,
-                "-extfile", extensions)  # fmt: skip
-        key.chmod(0o644)  # mosquitto drops to its own user
-
-
-def openssl(*arguments: str | Path) -> None:
-    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True, timeout=60)
-
-
 @pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    if shutil.which("openssl") is None:
-        pytest.fail("openssl is missing: apt-get install openssl")
-    made = Certificates(tmp_path_factory.mktemp("certificates"))
-    made.folder.chmod(0o755)
-    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=test-ca",
-            "-addext", "keyUsage=critical,keyCertSign,cRLSign",
-            "-keyout", made.folder / "ca.key", "-out", made.ca)  # fmt: skip
-    made.issue("broker", "IP:127.0.0.1,DNS:localhost")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    made = Authority(tmp_path_factory.mktemp("certificates"), "test-ca")
+    made.issue("broker", LOCAL)
     made.issue("service", "DNS:service")
     made.issue("elsewhere", "DNS:elsewhere.example")
+    made.issue("expired", LOCAL, days=-1)
+    made.issue("by-name", "DNS:localhost")
+    made.issue("by-address", "IP:127.0.0.1")
     return made
 
 
 @pytest.fixture(scope="module")
-def tls_broker(certificates: Certificates) -> Iterator[Mosquitto]:
+def tls_broker(certificates: Authority) -> Iterator[Mosquitto]:
     certificate, key = certificates.pair("broker")
     tls = ListenerTls(certificate, key, ca=certificates.ca, require_client_certificate=True)
     with Mosquitto(tls=tls) as broker:
@@ -79,7 +52,7 @@ def test_an_update_goes_over_mqtts_with_a_client_certificate(
     tls_broker: Mosquitto,
     cassandra: backing.Database,
     migrated: str,
-    certificates: Certificates,
+    certificates: Authority,
     unique: str,
     tmp_path: Path,
 ) -> None:
@@ -110,25 +83,22 @@ def test_an_update_goes_over_mqtts_with_a_client_certificate(
         assert service.defects() == []
 
 
-@pytest.mark.parametrize("server", ["other authority", "wrong host"])
+@pytest.mark.parametrize("server", ["other authority", "wrong host", "expired"])
 def test_a_broker_that_cannot_be_trusted_is_not_joined_and_the_setting_is_named(
     server: str,
     tls_broker: Mosquitto,
     cassandra: backing.Database,
     migrated: str,
-    certificates: Certificates,
+    certificates: Authority,
     unique: str,
     tmp_path: Path,
 ) -> None:
-    certificate, key = certificates.pair("elsewhere")
     ca = certificates.ca
     if server == "other authority":
-        ca = tmp_path / "other.pem"
-        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=other",
-                "-addext", "keyUsage=critical,keyCertSign,cRLSign",
-                "-keyout", tmp_path / "other.key", "-out", ca)  # fmt: skip
+        ca = Authority(tmp_path, "other").ca
         broker = tls_broker
     else:
+        certificate, key = certificates.pair("expired" if server == "expired" else "elsewhere")
         broker = Mosquitto(tls=ListenerTls(certificate, key))
         broker.start()
     try:
@@ -170,21 +140,18 @@ def test_a_wrong_password_is_named_and_not_hammered(
         with ServiceProcess(settings, tmp_path / "log") as service:
             service.wait_started()
             refused = "broker not reachable"
-            service.wait_until(lambda: len(service.events(refused)) >= 2, "refused twice")
-            event = service.events(refused)[0]
+            service.wait_until(lambda: bool(service.events(refused)), "it is refused")
+            (event,) = service.events(refused)
             assert "SHADOWSVC_MQTT__PASSWORD" in event["error"]
-            assert event["retry_seconds"] > 0
+            assert event["retry_seconds"] >= 10
             assert "wrong-secret" not in service.log_tail()
             assert service.terminate() == 0
 
 
 def test_rows_arrive_over_tls_and_login_at_cassandra(
-    broker: backing.Broker, certificates: Certificates, unique: str, tmp_path: Path
+    broker: backing.Broker, certificates: Authority, unique: str, tmp_path: Path
 ) -> None:
-    certificate, key = certificates.pair("broker")
-    store = tmp_path / "store.p12"
-    openssl("pkcs12", "-export", "-in", certificate, "-inkey", key, "-certfile", certificates.ca,
-            "-out", store, "-passout", "pass:storepass", "-name", "node")  # fmt: skip
+    store = certificates.keystore("broker", "storepass")
     settings = {
         "client_encryption_options": {
             "enabled": True,
@@ -229,3 +196,115 @@ def test_rows_arrive_over_tls_and_login_at_cassandra(
             )
             assert service.live()
             assert "wrong-secret" not in service.log_tail()
+
+
+class Listener:
+    """A port that speaks TLS by some certificate and keeps what clients say afterwards."""
+
+    def __init__(self, certificate: Path, key: Path) -> None:
+        self.heard = b""
+        self.accepted = 0
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(certificate, key)
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._socket.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve, name="listener", daemon=True)
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):  # closed: the end
+            while True:
+                plain, _ = self._socket.accept()
+                self.accepted += 1
+                plain.settimeout(2)
+                with (
+                    contextlib.suppress(OSError),
+                    plain,
+                    self._context.wrap_socket(plain, server_side=True) as secure,
+                ):
+                    self.heard += secure.recv(1000)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+
+def cassandra_at(host: str, port: int, ca: Path) -> Cassandra:
+    return Cassandra.model_validate(
+        {
+            "contact_points": host,
+            "port": port,
+            "local_dc": "dc1",
+            "tls": True,
+            "ca_file": ca,
+            "username": "service",
+            "password": "planted-secret",
+            "connect_timeout_seconds": 3,
+        }
+    )
+
+
+# Which certificate the server shows, and what is wrong with it.
+SERVERS = {
+    "right": "broker",
+    "right for this kind of contact point": "",
+    "other authority": "broker",
+    "wrong host": "elsewhere",
+    "right for the other kind of contact point": "",
+    "expired": "expired",
+}
+KINDS = {"127.0.0.1": "by-address", "localhost": "by-name"}
+
+
+def server_of(
+    server: str, host: str, certificates: Authority, folder: Path
+) -> tuple[Listener, Path]:
+    """Return the server, and the authority that is trusted."""
+    name = SERVERS[server]
+    if not name:
+        other = "other kind" in server
+        (name,) = (kind for point, kind in KINDS.items() if (point != host) is other)
+    ca = Authority(folder, "other").ca if server == "other authority" else certificates.ca
+    return Listener(*certificates.pair(name)), ca
+
+
+@pytest.mark.parametrize("host", KINDS)
+@pytest.mark.parametrize("server", SERVERS)
+async def test_a_cassandra_that_cannot_be_trusted_is_not_written_to(
+    server: str, host: str, certificates: Authority, tmp_path: Path
+) -> None:
+    made, ca = server_of(server, host, certificates, tmp_path)
+    with made as listener:
+        store = CassandraStore(cassandra_at(host, listener.port, ca), dead_letter_ttl_seconds=60)
+        with pytest.raises(StoreUnavailable) as caught:
+            await store.connect()
+        await store.close()
+        store._cluster.destroy()
+        assert listener.accepted > 0
+        if server in ("right", "right for this kind of contact point"):
+            assert listener.heard != b""  # as far as it goes: this is no Cassandra
+        else:
+            assert listener.heard == b""
+            assert "ssl" in caught.value.kind
+        assert "planted-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", KINDS)
+@pytest.mark.parametrize("server", SERVERS)
+def test_a_cassandra_that_cannot_be_trusted_is_not_read_from(
+    server: str, host: str, certificates: Authority, tmp_path: Path
+) -> None:
+    made, ca = server_of(server, host, certificates, tmp_path)
+    with made as listener:
+        opened: Any = driver.connected(cassandra_at(host, listener.port, ca))
+        with pytest.raises(StoreUnavailable) as caught, opened:
+            pass
+        assert listener.accepted > 0
+        if server in ("right", "right for this kind of contact point"):
+            assert listener.heard != b""
+        else:
+            assert listener.heard == b""
+            assert caught.value.kind == "tls"
+        assert "planted-secret" not in str(caught.value)

@@ -50,7 +50,8 @@ def test_every_update_is_in_one_batch_and_batches_keep_their_bounds(
     written = [one for batch in batches for one in batch.updates()]
     assert sorted(map(id, written)) == sorted(map(id, updates))
     for batch in batches:
-        assert len({group_of(device) for device in batch.devices}) == 1
+        assert {group_of(device) for device in batch.devices} == {batch.group}
+        assert all(half.group == batch.group for half in halves(batch) or ())
         assert len(batch.devices) <= max_partitions
         assert len(batch) == len(list(batch.updates())) > 0
         assert batch.size_bytes == sum(one.size_bytes for one in batch.updates())
@@ -112,6 +113,17 @@ def test_an_update_larger_than_a_batch_stands_alone() -> None:
     batcher = Batcher(group_of, max_bytes=100)
     arrive(batcher, [("d0", 60), ("d0", 500), ("d3", 60), ("d3", 40), ("d3", 1)])
     assert [batch.size_bytes for batch in drain(batcher)] == [60, 500, 100, 1]
+
+
+def test_groups_that_are_to_be_kept_stay_open() -> None:
+    batcher = Batcher(group_of)
+    arrive(batcher, [("d0", 1), ("d1", 1), ("d2", 1)])
+    batcher.seal(lambda group: group == 1)
+    assert {batch.group for batch in batcher.ready} == {0, 2}
+    assert batcher.is_open
+    batcher.seal()
+    assert {batch.group for batch in batcher.ready} == {0, 1, 2}
+    assert not batcher.is_open
 
 
 def test_sealing_nothing_makes_no_batch() -> None:

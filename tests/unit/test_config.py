@@ -176,7 +176,7 @@ def test_a_password_among_the_contact_points_is_not_shown() -> None:
         ("SHADOWSVC_MQTT__CONNECT_TIMEOUT_SECONDS", "nan", "a number above 0"),
         ("SHADOWSVC_MQTT__CONNECT_TIMEOUT_SECONDS", "inf", "a number above 0"),
         ("SHADOWSVC_MQTT__CLIENT_ID", "a\x00b", "no control characters"),
-        ("SHADOWSVC_MQTT__CLIENT_ID", "a" * 129, "1 to 128 characters"),
+        ("SHADOWSVC_MQTT__CLIENT_ID", "a" * 129, "up to 128 characters"),
         ("SHADOWSVC_MQTT__SHARE_GROUP", "a/b", 'no "/", "+" or "#"'),
         ("SHADOWSVC_MQTT__SHARE_GROUP", "a+", 'no "/", "+" or "#"'),
         ("SHADOWSVC_MQTT__SHARE_GROUP", "#", 'no "/", "+" or "#"'),
@@ -425,9 +425,10 @@ def test_the_settings_file_is_found_by_its_variable_and_an_argument_beats_it(
     ],
 )
 def test_a_mistake_in_the_settings_file_names_the_file(
-    tmp_path: Path, text: str, expected: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: str
 ) -> None:
-    file = write(tmp_path / "settings.toml", text)
+    monkeypatch.chdir(tmp_path)  # a long path would be cut short in the message
+    file = write(Path("settings.toml"), text)
     line = mistake({}, file)
     assert expected in line
     assert "settings.toml" in line
@@ -489,12 +490,15 @@ def test_tls_files_without_tls_are_a_mistake_since_nothing_would_be_encrypted(
         ({"SHADOWSVC_MQTT__RECONNECT_MIN_SECONDS": "31"}, "SHADOWSVC_MQTT__RECONNECT_MAX_SECONDS"),
         ({"SHADOWSVC_MQTT__RECONNECT_MAX_SECONDS": "0.1"}, "SHADOWSVC_MQTT__RECONNECT_MIN_SECONDS"),
         ({"SHADOWSVC_CASSANDRA__RETRY_MIN_SECONDS": "6"}, "SHADOWSVC_CASSANDRA__RETRY_MAX_SECONDS"),
+        ({"SHADOWSVC_CASSANDRA__MIN_CONCURRENCY": "33"}, "SHADOWSVC_CASSANDRA__CONCURRENCY"),
         (
             {"SHADOWSVC_MQTT__MAXIMUM_PACKET_SIZE_BYTES": "65535"},
             "SHADOWSVC_SHADOW__MAX_PAYLOAD_BYTES",
         ),
         ({"SHADOWSVC_SHADOW__MAX_PAYLOAD_BYTES": "2000000"}, "MAXIMUM_PACKET_SIZE_BYTES"),
         ({"SHADOWSVC_CASSANDRA__USERNAME": "me"}, "SHADOWSVC_CASSANDRA__PASSWORD"),
+        ({"SHADOWSVC_CANARY__TIMEOUT_SECONDS": "9"}, "SHADOWSVC_CANARY__INTERVAL_SECONDS"),
+        ({"SHADOWSVC_CANARY__INTERVAL_SECONDS": "0.2"}, "SHADOWSVC_CANARY__TIMEOUT_SECONDS"),
         ({"SHADOWSVC_CASSANDRA__PASSWORD": SECRET}, "SHADOWSVC_CASSANDRA__USERNAME"),
     ],
 )
@@ -516,14 +520,46 @@ def test_a_rule_between_settings_keeps_quiet_when_one_of_them_is_wrong_in_itself
     assert line.startswith("SHADOWSVC_MQTT__RECONNECT_MAX_SECONDS: got 'long'")
 
 
-def test_run_needs_a_client_id_and_a_data_centre() -> None:
+def test_run_needs_a_data_centre_and_no_client_id() -> None:
     lines = require_for_run(load({}))
-    assert [line.partition(":")[0] for line in lines] == [
-        "SHADOWSVC_MQTT__CLIENT_ID",
-        "SHADOWSVC_CASSANDRA__LOCAL_DC",
-    ]
-    given = {"SHADOWSVC_MQTT__CLIENT_ID": "a", "SHADOWSVC_CASSANDRA__LOCAL_DC": "dc1"}
-    assert require_for_run(load(given)) == []
+    assert [line.partition(":")[0] for line in lines] == ["SHADOWSVC_CASSANDRA__LOCAL_DC"]
+    assert require_for_run(load({"SHADOWSVC_CASSANDRA__LOCAL_DC": "dc1"})) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "words"),
+    [
+        ({"SLOTS__RENEW_SECONDS": "30"}, "SLOTS__RENEW_SECONDS", "not below"),
+        ({"SLOTS__ORPHAN_AFTER_SECONDS": "30"}, "SLOTS__ORPHAN_AFTER_SECONDS", "not above"),
+        (
+            {"MQTT__SESSION_EXPIRY_SECONDS": "300"},
+            "SLOTS__ORPHAN_AFTER_SECONDS",
+            "SHADOWSVC_MQTT__SESSION_EXPIRY_SECONDS",
+        ),
+        ({"MQTT__SHARE_GROUP": "g" * 126}, "MQTT__SHARE_GROUP", "longer than a client id's 128"),
+        ({"SLOTS__MARKER_TOPIC": "things/m"}, "SLOTS__MARKER_TOPIC", "where devices publish"),
+        ({"SLOTS__MARKER_TOPIC": "things"}, "SLOTS__MARKER_TOPIC", "where devices publish"),
+    ],
+)
+def test_rules_of_slots_hold_unless_the_client_id_is_given(
+    given: dict[str, str], variable: str, words: str
+) -> None:
+    environ = {f"SHADOWSVC_{name}": value for name, value in given.items()}
+    line = mistake(environ)
+    assert line.startswith(f"SHADOWSVC_{variable}: ")
+    assert words in line
+    assert load({**environ, "SHADOWSVC_MQTT__CLIENT_ID": "mine"}).mqtt.client_id == "mine"
+
+
+@pytest.mark.parametrize("topic", ["a/+", "a/#", "$a", "a/", "a\x00"])
+def test_a_marker_topic_is_one_that_names_can_be_appended_to(topic: str) -> None:
+    line = mistake({"SHADOWSVC_SLOTS__MARKER_TOPIC": topic})
+    assert line.startswith("SHADOWSVC_SLOTS__MARKER_TOPIC: ")
+
+
+def test_a_renewal_that_may_not_fail_once_is_advised_against() -> None:
+    [line] = advice(load({"SHADOWSVC_SLOTS__RENEW_SECONDS": "20"}))
+    assert line.startswith("SHADOWSVC_SLOTS__RENEW_SECONDS: ")
 
 
 def test_what_run_needs_is_told_together_with_the_other_mistakes_and_never_twice() -> None:

@@ -18,6 +18,7 @@ import structlog.testing
 from blockbuster import blockbuster_ctx
 
 import shadowsvc.mqtt.connection as connection_module
+import shadowsvc.mqtt.transport as transport_module
 from shadowsvc.ledger import Ledger
 from shadowsvc.metrics import Metrics
 from shadowsvc.mqtt.connection import Connection, Endpoint
@@ -211,7 +212,7 @@ async def test_a_stream_may_come_one_byte_at_a_time() -> None:
 async def test_packets_of_every_size_around_the_buffers_pass(
     monkeypatch: pytest.MonkeyPatch, segment_bytes: int
 ) -> None:
-    monkeypatch.setattr(connection_module, "_BUFFER_BYTES", 64)
+    monkeypatch.setattr(transport_module, "_BUFFER_BYTES", 64)
     async with bench(session={"maximum_packet_size_bytes": 2000}) as made:
         made.server.segment_bytes = segment_bytes
         sizes = [*range(0, 300, 7), 1900, 3, *range(300, 0, -11), 1950]
@@ -231,7 +232,7 @@ async def test_a_packet_larger_than_the_buffer_makes_it_grow_and_shrink_back() -
         assert made.taker.taken == [b"before", large, b"after", large]
         protocol = made.connection._protocol
         assert protocol is not None
-        assert len(protocol._buffer) == connection_module._BUFFER_BYTES
+        assert len(protocol._buffer) == transport_module._BUFFER_BYTES
 
 
 async def test_publishes_in_the_segment_of_connack_are_taken() -> None:
@@ -250,6 +251,81 @@ async def test_publishes_in_the_segment_of_connack_are_taken() -> None:
 
 
 # -------------------------------------------------------------------- reconnecting
+
+
+async def test_every_connect_asks_by_which_client_id() -> None:
+    async with serve() as server:
+        connection = Connection(endpoint(server.port), options(), Taker())
+        ids = iter(["g-0", "g-0", "g-1"])
+        asked: list[str] = []
+
+        async def identify() -> str:
+            await asyncio.sleep(0)
+            asked.append(next(ids))
+            return asked[-1]
+
+        connection.identify = identify
+        async with running(connection):
+            for number in range(3):
+                await until(lambda count=number + 1: len(server.broker.links) == count)
+                link = server.broker.links[-1]
+                await until(lambda link=link: link.session is not None)
+                link.drop()
+        assert asked[:3] == ["g-0", "g-0", "g-1"]
+        assert {"g-0", "g-1"} == set(server.broker.sessions)
+
+
+async def test_nothing_connects_while_the_client_id_is_waited_for_and_finish_ends_it() -> None:
+    async with serve() as server:
+        taker = Taker()
+        connection = Connection(endpoint(server.port), options(), taker)
+        asked = asyncio.Event()
+        answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def identify() -> str:
+            asked.set()
+            return await answer
+
+        connection.identify = identify
+        async with running(connection) as task:
+            await asked.wait()
+            await asyncio.sleep(0.05)
+            assert not server.broker.links
+            finishing = asyncio.create_task(connection.finish())
+            await asyncio.wait_for(finishing, 5)
+            answer.set_result("g-0")
+            await asyncio.wait_for(task, 5)
+        assert not server.broker.links
+        assert taker.reasons == ["stopping"]
+
+
+async def test_a_session_that_another_takes_over_is_connected_to_again_by_the_id_that_is_told() -> (
+    None
+):
+    """DISCONNECT 142 is answered by asking who we are, not by the old client id."""
+    async with serve() as server:
+        taker = Taker()
+        connection = Connection(endpoint(server.port), options(), taker)
+        mine = "g-0"
+
+        async def identify() -> str:
+            return mine
+
+        connection.identify = identify
+        other = Connection(endpoint(server.port), options(), Taker())
+
+        async def identify_other() -> str:
+            return "g-0"
+
+        other.identify = identify_other
+        async with running(connection):
+            await until(lambda: taker.subscribed == 1)
+            mine = "g-1"
+            async with running(other):
+                await until(lambda: taker.subscribed == 2)
+                assert taker.reasons == ["session_taken_over"]
+                assert set(server.broker.sessions) == {"g-0", "g-1"}
+                assert server.broker.sessions["g-0"].link is not None
 
 
 async def test_waits_double_up_to_the_limit_and_are_fully_jittered() -> None:
@@ -556,7 +632,7 @@ async def test_the_last_acks_arrive_although_the_broker_goes_on_sending(paused: 
 async def test_nothing_is_sent_after_the_farewell_and_nothing_taken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(connection_module, "_FAREWELL_SECONDS", 0.2)
+    monkeypatch.setattr(transport_module, "_FAREWELL_SECONDS", 0.2)
     async with bench() as made:
         made.taker.acks_at_once = False
         made.publish(b"1")
@@ -573,7 +649,7 @@ async def test_nothing_is_sent_after_the_farewell_and_nothing_taken(
 
 
 async def test_leaving_a_broker_that_is_gone_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "_FAREWELL_SECONDS", 0.1)
+    monkeypatch.setattr(transport_module, "_FAREWELL_SECONDS", 0.1)
     async with bench() as made:
         made.broker.deaf = True
         async with asyncio.timeout(1):
@@ -757,3 +833,195 @@ async def test_through_losses_and_faults_all_that_the_broker_forgot_is_durable(
         assert len(broker.acked) == len(published)
     assert not any(link.strangers for link in broker.links)
     assert len(broker.links) >= 5
+
+
+# -------------------------------------------------------------------- leaving for a while
+
+
+async def test_who_leaves_for_a_while_stays_away_keeps_the_session_and_comes_back() -> None:
+    async with bench() as made:
+        made.taker.acks_at_once = False
+        made.publish(*[b"%d" % number for number in range(100)])
+        await until(lambda: len(made.taker.taken) == 100)
+        made.taker.ack()
+        await made.connection.leave("paused")
+        await until(lambda: made.broker.links[0].is_closed)
+        assert len(made.broker.acked) == 100
+        assert made.broker.links[0].farewell == 0
+        assert made.broker.sessions["client"].filters == set(FILTERS)
+        made.publish(b"while away")
+        await asyncio.sleep(0.2)  # longer than the longest wait before a reconnect
+        assert len(made.broker.links) == 1
+        assert made.taker.reasons == ["paused"]
+        made.connection.come_back("paused")
+        await made.up(2)
+        await until(lambda: made.taker.taken[-1] == b"while away")
+        assert made.taker.sessions == [False, True]
+        assert made.server.resets == []
+
+
+async def test_with_several_reasons_to_be_away_the_last_one_counts() -> None:
+    async with bench() as made:
+        await made.connection.leave("paused")
+        await made.connection.leave("isolated")
+        made.connection.come_back("paused")
+        made.connection.come_back("never given")
+        await asyncio.sleep(0.2)
+        assert len(made.broker.links) == 1
+        made.connection.come_back("isolated")
+        await made.up(2)
+
+
+async def test_leaving_for_a_while_is_no_failure() -> None:
+    waits: list[tuple[float, float]] = []
+
+    def jitter(low: float, high: float) -> float:
+        waits.append((low, high))
+        return low
+
+    async with serve() as server:
+        taker = Taker()
+        slow = endpoint(server.port, reconnect_max_seconds=8)
+        connection = Connection(slow, options(), taker, jitter=jitter)
+        with structlog.testing.capture_logs() as events:
+            async with running(connection):
+                for count in range(1, 4):
+                    await until(lambda count=count: taker.subscribed == count)  # type: ignore[misc]
+                    await connection.leave("paused")
+                    connection.come_back("paused")
+        assert {high for _, high in waits} == {0.02}
+        assert not [event for event in events if event["log_level"] != "info"]
+
+
+async def test_what_is_being_connected_is_given_up_by_who_leaves() -> None:
+    taker = Taker()
+    taker.gate = asyncio.Event()
+    async with bench(taker=taker, wait=False) as made:
+        await asyncio.sleep(0.02)
+        await made.connection.leave("paused")
+        taker.gate.set()
+        await until(lambda: taker.reasons == ["paused"])
+        await asyncio.sleep(0.1)
+        assert made.broker.links == []
+        made.connection.come_back("paused")
+        await made.up()
+
+
+async def test_who_is_away_may_leave_for_good() -> None:
+    async with bench() as made:
+        await made.connection.leave("paused")
+        await until(lambda: made.taker.reasons)
+        async with asyncio.timeout(1):
+            await made.connection.finish()
+            await made.task
+        assert len(made.broker.links) == 1
+
+
+# -------------------------------------------------------------------- subscribing again
+
+
+def subscribes(made: Bench) -> int:
+    return made.broker.links[-1].count(mqtt5.SubscribePacket)
+
+
+async def test_a_subscription_that_was_granted_and_not_made_is_made_later() -> None:
+    broker = MemoryBroker()
+    broker.subscribes_nothing = True
+    async with bench(broker=broker, resubscribe_seconds=0.05) as made:
+        granted: list[None] = []
+        made.connection._protocol.subscribed_again = lambda: granted.append(None)  # type: ignore[union-attr]
+        made.publish(b"lost")
+        await until(lambda: len(granted) >= 2)
+        assert made.broker.unrouted == 1
+        broker.subscribes_nothing = False
+        before = len(granted)
+        await until(lambda: len(granted) > before + 1)
+        made.publish(b"1")
+        await until(lambda: made.taker.taken == [b"1"])
+        assert made.taker.subscribed == 1
+        assert len(broker.links) == 1
+
+
+async def test_without_an_interval_it_subscribes_when_asked_to() -> None:
+    async with bench() as made:
+        await asyncio.sleep(0.1)
+        assert subscribes(made) == 1
+        assert made.connection.subscribe_again()
+        assert not made.connection.subscribe_again()  # the answer is awaited
+        await until(lambda: subscribes(made) == 2)
+        await until(made.connection.subscribe_again)
+
+
+async def test_without_a_connection_it_does_not_subscribe_again() -> None:
+    async with bench() as made:
+        await made.connection.leave("paused")
+        assert not made.connection.subscribe_again()
+
+
+async def test_a_later_refusal_ends_the_connection_with_its_reason() -> None:
+    async with bench() as made:
+        made.broker.suback = mqtt5.SubAckReasonCode.NOT_AUTHORIZED
+        assert made.connection.subscribe_again()
+        await until(lambda: made.taker.reasons)
+        assert made.taker.reasons[0] == "suback_not_authorized"
+        made.broker.suback = None
+        await made.up(2)
+
+
+async def test_a_subscribe_that_is_not_answered_ends_the_connection() -> None:
+    async with bench(connect_timeout_seconds=0.3) as made:
+        made.broker.silent_on = {mqtt5.SubscribePacket}
+        assert made.connection.subscribe_again()
+        await until(lambda: made.taker.reasons)
+        assert made.taker.reasons == ["no_answer"]
+        assert made.connection.last_error is not None
+        assert "SUBACK" in made.connection.last_error
+        made.broker.silent_on = set()
+        await made.up(2)
+
+
+async def test_the_time_limit_of_an_answered_subscribe_does_not_end_a_later_one() -> None:
+    class SlowToAnswer(MemoryBroker):
+        def take_subscribe(self, *arguments: Any) -> None:
+            asyncio.get_running_loop().call_later(0.03, super().take_subscribe, *arguments)
+
+    # While one is awaited most of the time, the limits of those before it pass.
+    often = {"resubscribe_seconds": 0.01, "connect_timeout_seconds": 0.2}
+    async with bench(broker=SlowToAnswer(), **often) as made:
+        await until(lambda: subscribes(made) >= 20)
+        assert made.taker.reasons == []
+        assert len(made.broker.links) == 1
+
+
+async def test_an_answer_behind_what_is_not_read_yet_is_waited_for() -> None:
+    taker = Taker(receive_maximum=5)
+    async with bench(taker=taker, connect_timeout_seconds=0.2) as made:
+        taker.acks_at_once = False
+        made.broker.links[0].receive_maximum = 500
+        made.publish(*[bytes(4000)] * 300)
+        protocol = made.connection._protocol
+        assert protocol is not None
+        await until(lambda: protocol.paused)
+        assert made.connection.subscribe_again()
+        await asyncio.sleep(0.5)
+        assert taker.reasons == []
+        taker.acks_at_once = True
+        taker.ack()
+        await until(lambda: not protocol.session.awaits_suback)
+        assert taker.reasons == []
+
+
+async def test_intervals_are_jittered() -> None:
+    spreads: list[tuple[float, float]] = []
+
+    def jitter(low: float, high: float) -> float:
+        spreads.append((low, high))
+        return low
+
+    async with serve() as server:
+        taker = Taker()
+        often = endpoint(server.port, resubscribe_seconds=0.05)
+        connection = Connection(often, options(), taker, jitter=jitter)
+        async with running(connection):
+            await until(lambda: len(spreads) >= 3)
+        assert set(spreads[:3]) == {(0.8, 1.2)}

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import mqtt5
 
-from shadowsvc.mqtt.connection import _FULL_READ_BYTES, _Protocol
 from shadowsvc.mqtt.session import Session, SessionOptions
+from shadowsvc.mqtt.transport import _FULL_READ_BYTES, Wire
 
 if TYPE_CHECKING:
     import pytest
@@ -71,7 +71,7 @@ def message(payload: bytes = b"{}") -> bytes:
 def protocol() -> tuple[Any, Transport, Taker]:
     taker, transport = Taker(), Transport()
     session = Session(SessionOptions("c", ("t",)), taker.publish)
-    made: Any = _Protocol(session, taker, asyncio.get_running_loop())  # type: ignore[arg-type]
+    made: Any = Wire(session, taker, asyncio.get_running_loop())  # type: ignore[arg-type]
     made.connection_made(transport)
     made.start(10, asyncio.get_running_loop().time() + 60)
     return made, transport, taker

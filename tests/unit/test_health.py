@@ -48,6 +48,7 @@ def test_a_service_that_is_being_built_is_live_and_not_started_and_not_ready() -
     assert not health.started
     assert not health.ready
     assert names(health) == ["starting"]
+    assert health.by_reason == {name: name == "starting" for name in REASONS}
 
 
 def test_with_everything_in_place_it_is_ready() -> None:
@@ -67,9 +68,13 @@ CASES: list[tuple[str, Callable[[Health, Works], None], str]] = [
      "cassandra_unavailable"),
     ("schema", lambda health, _: setattr(health, "schema_error", "version 1"), "schema_behind"),
     ("share", lambda _, works: setattr(works, "subscribed", False), "not_subscribed"),
+    ("slotless", lambda health, _: setattr(health, "slot_wait", lambda: "all taken"), "no_slot"),
+    ("apart", lambda health, _: setattr(health, "isolation", lambda: "60 s"), "isolated"),
     ("ahead", lambda health, _: setattr(health, "clock_offset_seconds", 30.1), "clock_skew"),
     ("behind", lambda health, _: setattr(health, "clock_offset_seconds", -30.1), "clock_skew"),
     ("stopping", lambda _, works: setattr(works, "draining", True), "draining"),
+    ("pause", lambda health, _: setattr(health, "pause", lambda: "9 s are left"), "paused"),
+    ("canary", lambda health, _: setattr(health, "canary_lost", "none for 30 s"), "canary_lost"),
     ("stuck", lambda _, works: setattr(works, "stuck", "nothing in flight"), "wedged"),
 ]  # fmt: skip
 
@@ -101,6 +106,29 @@ def test_only_a_wedged_pipeline_asks_for_a_restart_and_says_why() -> None:
     works.stuck = "2 writers have ended"
     assert health.live() == (False, "2 writers have ended")
     assert health.reasons()[0]["detail"] == "2 writers have ended"
+
+
+def test_a_wedged_adoption_asks_for_a_restart_too() -> None:
+    health, _ = healthy()
+    adopted = Works(subscribed=False, failing="away", draining=True)
+    health.adopted = cast("Pipeline", adopted)
+    assert health.live() == (True, "ok")
+    assert health.reasons() == [], "readiness has nothing to do with it"
+    adopted.stuck = "stuck"
+    assert health.live() == (False, "stuck")
+
+
+def test_nothing_is_known_against_writing_or_it_is_not_done() -> None:
+    health, works = healthy()
+    assert health.can_write
+    works.failing = "away"
+    assert not health.can_write
+    works.failing = None
+    health.store_error = "away"
+    assert not health.can_write
+    health.store_error, health.schema_error = None, "behind"
+    assert not health.can_write
+    assert not Health(lambda: 0.0).can_write
 
 
 def test_all_reasons_are_told_at_once() -> None:
@@ -143,6 +171,36 @@ def test_clocks_at_most_half_a_minute_apart_are_fine(offset: float) -> None:
     health, _ = healthy()
     health.clock_offset_seconds = offset
     assert health.ready
+
+
+def test_a_pause_explains_that_nothing_is_subscribed_and_that_it_drains() -> None:
+    health, works = healthy()
+    works.subscribed = False
+    works.draining = True
+    health.pause = lambda: "9 s are left"
+    assert names(health) == ["paused"]
+    assert health.reasons()[0]["detail"] == "9 s are left"
+
+
+def test_the_broker_is_kept_away_from_in_a_pause_and_in_isolation_alone() -> None:
+    health, works = healthy()
+    works.subscribed = False
+    assert not health.away
+    health.pause = lambda: "9 s are left"
+    assert health.away
+    health.pause = lambda: None
+    health.isolation = lambda: "for 9 s"
+    assert health.away
+
+
+def test_what_is_wrong_besides_one_reason_can_be_asked_for() -> None:
+    health, works = healthy()
+    assert health.ready_but_for("canary_lost")
+    health.canary_lost = "none for 30 s"
+    assert health.ready_but_for("canary_lost")
+    assert not health.ready
+    works.subscribed = False
+    assert not health.ready_but_for("canary_lost")
 
 
 def test_every_reason_can_be_given() -> None:

@@ -11,7 +11,7 @@ import pytest
 import structlog.testing
 
 from shadowsvc.errors import ConfigError
-from shadowsvc.http import Limits, Request, Response, Server, serve
+from shadowsvc.http import Limits, Request, Response, Route, Server, serve
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -32,7 +32,14 @@ def large(_: Request) -> Response:
     return Response(200, "text/plain", b"x" * 20_000_000)
 
 
-ROUTES = {"/livez": lambda _: LIVE, "/echo": echo, "/broken": broken, "/large": large}
+ROUTES: dict[str, Route] = {
+    "/livez": lambda _: LIVE,
+    "/echo": echo,
+    "/broken": broken,
+    "/large": large,
+    "/both": {"GET": echo, "POST": echo, "DELETE": echo},
+    "/change": {"POST": echo},
+}
 QUICK = Limits(
     max_connections=3,
     max_head_bytes=2048,
@@ -155,6 +162,46 @@ async def test_other_methods_are_405_and_end_the_connection(server: Server, meth
     status, head, _ = await ask(server, raw)
     assert status == 405
     assert "allow: get, head" in head
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+async def test_a_route_answers_the_methods_that_it_names(server: Server, method: str) -> None:
+    raw = get("/both?a=1", "Content-Length: 0", method=method, close=True)
+    status, _, body = await ask(server, raw)
+    assert (status, body) == (200, f"{method} /both a=1 ".encode())
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "allowed"),
+    [
+        ("/both", "PUT", "allow: delete, get, head, post"),
+        ("/change", "GET", "allow: post"),
+        ("/change", "HEAD", "allow: post"),
+        ("/livez", "POST", "allow: get, head"),
+    ],
+)
+async def test_a_method_that_a_route_does_not_name_is_405_and_names_those(
+    server: Server, path: str, method: str, allowed: str
+) -> None:
+    async with connection(server) as (reader, writer):
+        writer.write(get(path, method=method))
+        status, head, _ = await response(reader, body=method != "HEAD")
+        assert status == 405
+        assert f"{allowed}\r\n" in head
+        assert await ended(reader)
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", ""])
+async def test_no_page_in_a_browser_changes_anything(server: Server, origin: str) -> None:
+    for method, path in (("POST", "/change"), ("DELETE", "/both")):
+        raw = get(path, f"Origin: {origin}", method=method, close=True)
+        assert (await ask(server, raw))[0] == 403
+    assert (await ask(server, get("/both", f"Origin: {origin}", close=True)))[0] == 200
+
+
+async def test_a_body_is_refused_whatever_the_method(server: Server) -> None:
+    raw = get("/change", "Content-Length: 2", method="POST") + b"hi"
+    assert (await ask(server, raw))[0] == 400
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,41 @@ def test_a_second_connect_takes_over() -> None:
     assert second.connack.session_present
 
 
+def test_what_is_queued_is_delivered_after_unsubscribe_and_a_marker_comes_last() -> None:
+    broker = MemoryBroker()
+    Client(broker, "a", receive_maximum=2).subscribe().vanish()
+    sent = publish(broker, 5)
+    assert Client(broker, "other").subscribe().payloads == []
+    second = Client(broker, "a", receive_maximum=2)
+    second.subscribe("marker")
+    second.send(mqtt5.UnsubscribePacket(2, [FILTER, "never"]))
+    answer = second.got[-1]
+    assert isinstance(answer, mqtt5.UnsubAckPacket)
+    assert [int(code) for code in answer.reason_codes] == [0, 17]
+    publish(broker, 3)
+    broker.publish("marker", b"the end")
+    for number in range(6):
+        second.ack(second.publishes[number])
+    assert second.payloads == [*sent, b"the end"]
+
+
+def test_a_disconnect_with_expiry_0_ends_the_session() -> None:
+    broker = MemoryBroker()
+    client = Client(broker, "a").subscribe()
+    client.send(mqtt5.DisconnectPacket(session_expiry_interval=0))
+    assert client.closed
+    assert not Client(broker, "a").connack.session_present
+
+
+def test_like_mosquitto_it_may_share_with_the_absent() -> None:
+    broker = MemoryBroker()
+    broker.shares_with_absent = True
+    Client(broker, "absent").subscribe().vanish()
+    present = Client(broker, "present").subscribe()
+    publish(broker, 100)
+    assert 0 < len(present.payloads) < 100
+
+
 def test_a_node_down_grants_and_subscribes_nothing() -> None:
     broker = MemoryBroker()
     broker.subscribes_nothing = True
@@ -182,3 +217,25 @@ def test_topic_filters_match_as_mqtt_says() -> None:
     assert not matches("a/b/c", "a/b")
     assert not matches("#", "$SYS/x")
     assert not matches("+/x", "$SYS/x")
+
+
+def test_where_clients_may_publish_they_are_answered_and_others_get_it_unless_refused() -> None:
+    broker = MemoryBroker()
+    broker.takes_publishes = True
+    member = Client(broker, "member").subscribe()
+    sender = Client(broker, "sender")
+    code = mqtt5.PubAckReasonCode
+    for number, answer in enumerate((code.SUCCESS, code.NOT_AUTHORIZED), start=1):
+        broker.puback = None if answer is code.SUCCESS else answer
+        sender.send(
+            mqtt5.PublishPacket(
+                "things/d/shadow/update",
+                b"%d" % number,
+                qos=mqtt5.QoS.AT_LEAST_ONCE,
+                packet_id=number,
+            )
+        )
+        last = sender.got[-1]
+        assert isinstance(last, mqtt5.PubAckPacket)
+        assert (last.packet_id, last.reason_code) == (number, answer)
+    assert member.payloads == [b"1"]

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from shadowsvc.ledger import Ledger
 from shadowsvc.metrics import Exposition, Histogram, Metrics
+from shadowsvc.slots import SlotState
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -41,6 +42,7 @@ class Service:
             is_ready=lambda: True,
             without_device_time=lambda: 7,
             log_lines_dropped=lambda: 2,
+            not_ready=lambda: {"paused": True, "wedged": False},
         )
 
     def families(self) -> dict[str, Metric]:
@@ -162,6 +164,7 @@ def test_messages_are_told_apart_by_quality_and_repetition(service: Service) -> 
         ("dead_letters_total", "dead_letters", "reason"),
         ("write_errors_total", "write_errors", "kind"),
         ("write_retries_total", "write_retries", "kind"),
+        ("writes_limit_changes_total", "window_changes", "reason"),
         ("disconnects_total", "disconnects", "reason"),
         ("sessions_total", "sessions", "state"),
     ],
@@ -187,6 +190,11 @@ def test_what_is_counted_by_label_is_shown_by_label(
         ("leaves_merged_away_total", "leaves_merged_away"),
         ("dead_letters_suppressed_total", "dead_letters_suppressed"),
         ("batches_split_total", "batches_split"),
+        ("retries_waiting", "retries_waiting"),
+        ("replica_sets_in_doubt", "replica_sets_in_doubt"),
+        ("resubscriptions_total", "resubscriptions"),
+        ("pauses_total", "pauses"),
+        ("pause_left_seconds", "pause_left_seconds"),
         ("loop_lag_seconds", "loop_lag_seconds"),
         ("clock_offset_seconds", "clock_offset_seconds"),
     ],
@@ -195,6 +203,17 @@ def test_every_counter_is_exported(service: Service, name: str, field: str) -> N
     assert service.value(name) == 0
     setattr(service.metrics, field, 42)
     assert service.value(name) == 42
+
+
+@pytest.mark.parametrize("field", ["published", "durable", "lost", "excused"])
+def test_what_the_canary_counts_is_exported(service: Service, field: str) -> None:
+    assert service.value(f"canary_{field}_total") == 0
+    setattr(service.metrics.canary, field, 42)
+    assert service.value(f"canary_{field}_total") == 42
+    service.metrics.canary.unpublished["publish_refused"] += 3
+    assert service.value("canary_unpublished_total", reason="publish_refused") == 3
+    service.metrics.canary.seconds.observe(0.02)
+    assert service.value("canary_seconds_count") == 1
 
 
 def test_the_histograms_are_exported(service: Service) -> None:
@@ -210,6 +229,8 @@ def test_figures_read_elsewhere_are_exported(service: Service) -> None:
     assert service.value("writes_in_flight") == 3
     assert service.value("writes_limit") == 32
     assert service.value("ready") == 1
+    assert service.value("not_ready", reason="paused") == 1
+    assert service.value("not_ready", reason="wedged") == 0
 
 
 def test_the_ledger_is_exported_whole(service: Service) -> None:
@@ -247,3 +268,22 @@ def test_a_value_on_a_bound_counts_below_it() -> None:
     histogram.observe(1)
     assert histogram.counts == [1, 0, 0]
     assert bisect_left([1, 2], 1) == 0
+
+
+def test_the_slot_has_one_state_and_no_lease_has_no_age(service: Service) -> None:
+    assert not [
+        sample
+        for family in service.families().values()
+        for sample in family.samples
+        if sample.name == f"{OURS}slot_state"
+    ], "no series with a configured client id"
+    slot = SimpleNamespace(state=SlotState.HELD, lease_age=7.5)
+    service.metrics.slot = slot
+    assert service.value("slot_lease_age_seconds") == 7.5
+    for state in SlotState:
+        slot.state = state
+        assert [service.value("slot_state", state=one) for one in SlotState] == [
+            one is state for one in SlotState
+        ]
+    slot.lease_age = None
+    assert service.value("slot_lease_age_seconds") == 0

@@ -7,10 +7,9 @@ at a chosen statement. Everything else is the real thing.
 from __future__ import annotations
 
 import asyncio
-import struct
 import time
 from collections import Counter
-from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import mqtt5
@@ -20,16 +19,12 @@ import structlog.testing
 from blockbuster import blockbuster_ctx
 
 import shadowsvc.pipeline as pipeline_module
-from shadowsvc.ledger import Ledger
-from shadowsvc.metrics import Metrics
-from shadowsvc.pipeline import Options, Pipeline
-from shadowsvc.shadow.document import Decoder, Limits
-from shadowsvc.shadow.topic import TopicParser
-from shadowsvc.store.batch import Batcher
-from tests.faulty_store import AWAY, REFUSED, FaultyStore, writes_of
+from shadowsvc.backoff import wait_seconds
+from tests.faulty_store import AWAY, REFUSED, writes_of
+from tests.line import line, turns, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from shadowsvc.errors import StoreError
     from shadowsvc.shadow.update import Mutations, Update
@@ -39,137 +34,6 @@ if TYPE_CHECKING:
 def _loop_never_blocked() -> Iterator[None]:
     with blockbuster_ctx(scanned_modules="shadowsvc"):
         yield
-
-
-class Line:
-    """A pipeline with its surroundings."""
-
-    def __init__(self, **more: Any) -> None:
-        figures = {
-            "client_id": "client",
-            "linger_seconds": 0.001,
-            "retry_min_seconds": 0.001,
-            "retry_max_seconds": 0.004,
-            "concurrency": 8,
-        }
-        partitions = more.pop("max_partitions", 10)
-        group: Callable[[str], int] | None = more.pop("group", None)
-        options = Options(**{**figures, **more})
-        self.store = FaultyStore()
-        self.ledger = Ledger()
-        self.metrics = Metrics()
-        self.sent: list[bytes] = []
-        batcher = Batcher(
-            group or (lambda _: 0), max_partitions=partitions, max_bytes=options.max_request_bytes
-        )
-        self.pipeline = Pipeline(
-            options,
-            Decoder(TopicParser("things"), Limits()),
-            batcher,
-            self.store,
-            self.ledger,
-            self.metrics,
-            self.sent.append,
-        )
-        self._number = 0
-
-    @property
-    def acks(self) -> list[int]:
-        """Packet ids acknowledged, in the order in which they left."""
-        ids = []
-        for first, length, packet_id in struct.iter_unpack(">BBH", b"".join(self.sent)):
-            assert (first, length) == (0x40, 2)
-            ids.append(packet_id)
-        return ids
-
-    def deliver(
-        self,
-        *devices: str,
-        first_id: int | None = 1,
-        payload: bytes | None = None,
-        duplicate: bool = False,
-    ) -> None:
-        """Hand over one chunk of messages, one a device; `first_id` None is QoS 0."""
-        pipeline = self.pipeline
-        pipeline.begin_chunk()
-        for at, device in enumerate(devices):
-            self._number += 1
-            document = {
-                "state": {"reported": {"n": self._number}},
-                "timestamp": _stamp(self._number),
-            }
-            pipeline.publish(
-                f"things/{device}/shadow/update",
-                mqtt5.PublishPacket(
-                    f"things/{device}/shadow/update",
-                    orjson.dumps(document) if payload is None else payload,
-                    qos=mqtt5.QoS.AT_MOST_ONCE if first_id is None else mqtt5.QoS.AT_LEAST_ONCE,
-                    packet_id=None if first_id is None else first_id + at,
-                    duplicate=duplicate,
-                ),
-            )
-        pipeline.end_chunk()
-
-    async def connect(self, *, session_present: bool) -> int:
-        """Lose the connection, if there was one, and come back; return what was announced."""
-        self.pipeline.disconnected("network")
-        announced = await self.pipeline.begin_connection()
-        self.pipeline.connected(session_present=session_present)
-        self.pipeline.subscribed_now()
-        return announced
-
-    async def settle(self) -> None:
-        """Wait until nothing is held and every ack that may leave has left."""
-        await until(lambda: not self.ledger.held and not self.pipeline._acks_due)
-
-    def check_accounts(self) -> None:
-        """Nothing is forgotten: every delivery ended as exactly one thing or is still there."""
-        ledger = self.ledger
-        waiting = sum(delivery.done for delivery in ledger._queue)
-        assert ledger.received == (
-            ledger.acknowledged
-            + ledger.stale
-            + ledger.abandoned
-            + ledger.done_without_ack
-            + ledger.held
-            + waiting
-        )
-        assert ledger.held >= 0
-        assert ledger.held_bytes >= 0
-        assert ledger.last_copies >= 0
-        assert ledger.held or not ledger.held_bytes
-
-
-def _stamp(number: int) -> int:
-    return (time.time_ns() // 1_000_000_000_000) * 1_000_000_000 + number
-
-
-async def until(condition: Callable[[], object], seconds: float = 5) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - conditions of all kinds
-            await asyncio.sleep(0.001)
-
-
-async def turns(count: int = 30) -> None:
-    """Let everything that is ready run."""
-    for _ in range(count):
-        await asyncio.sleep(0.001)
-
-
-@asynccontextmanager
-async def line(**more: Any) -> AsyncIterator[Line]:
-    lost: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context))
-    made = Line(**more)
-    await made.pipeline.begin_connection()
-    made.pipeline.connected(session_present=False)
-    made.pipeline.subscribed_now()
-    try:
-        yield made
-    finally:
-        await made.pipeline.close()
-    made.check_accounts()
-    assert lost == []
 
 
 # -------------------------------------------------------------------- writing and acknowledging
@@ -334,7 +198,7 @@ async def test_waits_between_attempts_double_up_to_the_limit(
         bounds.append((low, high))
         return 0
 
-    monkeypatch.setattr("shadowsvc.pipeline.random.uniform", uniform)
+    monkeypatch.setattr("shadowsvc.writers.wait_seconds", partial(wait_seconds, draw=uniform))
     async with line(retry_min_seconds=0.25, retry_max_seconds=1.5) as made:
         made.store.error = AWAY
         made.store.errors_left = 5
@@ -554,6 +418,110 @@ async def test_a_lost_session_makes_what_is_held_the_last_copy() -> None:
         assert made.ledger.done_without_ack == 7
 
 
+async def test_what_came_by_another_client_id_is_kept_whatever_the_new_session_is() -> None:
+    """Only the former slot's session is asked to repeat it, and that may be gone."""
+    async with line(receive_maximum=10, max_partitions=1, concurrency=2) as made:
+        made.pipeline.identify("g-0")
+        await made.connect(session_present=False)
+        made.store.error = AWAY
+        made.deliver(*"abc")
+        await until(lambda: made.pipeline.failing)
+        made.pipeline.identify("g-1")
+        await made.connect(session_present=True)
+        assert (made.ledger.abandoned, made.ledger.last_copies) == (0, 3)
+        made.deliver("d")
+        await made.connect(session_present=True)
+        assert (made.ledger.abandoned, made.ledger.last_copies) == (1, 3), "by the same, repeated"
+        made.store.error = None
+        await made.settle()
+        assert sorted(write[0] for write in made.store.durable) == [*"abc"]
+
+
+async def test_a_client_id_that_never_connected_does_not_hide_whose_deliveries_are_held() -> None:
+    async with line(receive_maximum=10) as made:
+        made.pipeline.identify("g-0")
+        await made.connect(session_present=False)
+        made.store.error = AWAY
+        made.deliver("a")
+        await until(lambda: made.pipeline.failing)
+        made.pipeline.identify("g-1")
+        await made.pipeline.begin_connection()
+        made.pipeline.disconnected("connect")
+        made.pipeline.identify("g-1")
+        await made.connect(session_present=True)
+        assert (made.ledger.abandoned, made.ledger.last_copies) == (0, 1)
+        made.store.error = None
+        await made.settle()
+
+
+async def test_a_session_that_an_unanswered_connect_may_have_made_is_not_trusted() -> None:
+    """The broker lost the session, answered `session_present=0`, and the answer was lost too."""
+    async with line(receive_maximum=10, max_partitions=1, concurrency=2) as made:
+        await made.connect(session_present=False)
+        made.store.error = AWAY
+        made.deliver(*"abc")
+        await until(lambda: made.pipeline.failing)
+        made.pipeline.disconnected("closed_by_broker")
+        await made.pipeline.begin_connection()
+        made.pipeline.disconnected("network")  # CONNECT went out, CONNACK never came
+        await made.connect(session_present=True)
+        assert (made.ledger.abandoned, made.ledger.last_copies) == (0, 3)
+        made.deliver("d")
+        await made.connect(session_present=True)
+        assert (made.ledger.abandoned, made.ledger.last_copies) == (1, 3), "answered: repeated"
+        made.store.error = None
+        await made.settle()
+        assert sorted(write[0] for write in made.store.durable) == [*"abc"]
+
+
+@pytest.mark.parametrize("reason", ["connect", "connect_timeout", "tls", "connack_not_authorized"])
+async def test_an_attempt_that_made_no_session_leaves_no_doubt(reason: str) -> None:
+    async with line(receive_maximum=10, max_partitions=1, concurrency=2) as made:
+        await made.connect(session_present=False)
+        made.store.error = AWAY
+        made.deliver(*"abc")
+        await until(lambda: made.pipeline.failing)
+        made.pipeline.disconnected("network")
+        await made.pipeline.begin_connection()
+        made.pipeline.disconnected(reason)
+        await made.connect(session_present=True)
+        assert (made.ledger.abandoned, made.ledger.last_copies) == (3, 0)
+        made.store.error = None
+        await made.settle()
+
+
+async def test_dead_letters_name_the_present_client_id() -> None:
+    async with line() as made:
+        for number in range(2):
+            made.pipeline.identify(f"g-{number}")
+            made.deliver("a", first_id=number + 1, payload=b"rubbish")
+            await made.settle()
+        assert [letter.client_id for letter in made.store.letters] == ["g-0", "g-1"]
+
+
+async def test_failing_counts_from_the_first_failure_after_the_last_success() -> None:
+    async with line() as made:
+        assert made.pipeline.failing_since is None
+        made.store.error = AWAY
+        made.deliver("a")
+        await until(lambda: made.pipeline.failing)
+        since = made.pipeline.failing_since
+        assert since is not None
+        asked = len(made.store.asked)
+        await until(lambda: len(made.store.asked) > asked + 2)
+        assert made.pipeline.failing_since == since
+        made.store.error = None
+        await made.settle()
+        assert made.pipeline.failing_since is None
+        made.store.error = AWAY
+        made.deliver("b", first_id=2)
+        await until(lambda: made.pipeline.failing)
+        assert made.pipeline.failing_since is not None
+        assert made.pipeline.failing_since > since
+        made.store.error = None
+        await made.settle()
+
+
 async def test_while_last_copies_take_every_place_nothing_is_connected_for() -> None:
     async with line(receive_maximum=4, max_partitions=1) as made:
         made.store.error = AWAY
@@ -716,7 +684,7 @@ async def test_a_request_without_an_answer_is_a_wedge_and_an_outage_is_not() -> 
         assert "no answer for" in reason
         made.store.error = AWAY
         made.store.open.set()
-        await until(lambda: made.pipeline._backing_off)
+        await until(lambda: made.pipeline.writers._due)
         assert made.pipeline.wedged(time.monotonic() + 1000) is None
 
 
@@ -724,7 +692,7 @@ async def test_work_that_nobody_takes_up_is_a_wedge_once_it_has_lasted() -> None
     async with line() as made:
         now = time.monotonic()
         assert made.pipeline.wedged(now) is None
-        made.pipeline._idle.clear()  # as if the writers' wake-up had got lost
+        made.pipeline.writers._idle.clear()  # as if the writers' wake-up had got lost
         made.deliver("a")
         made.pipeline.batcher.seal()
         # Seen for the first time, however long ago the last look was: it may just have come.

@@ -10,7 +10,14 @@ import pytest
 
 from shadowsvc.errors import ConnectionLost, MqttRefused, ProtocolViolation
 from shadowsvc.ledger import Ledger
-from shadowsvc.mqtt.session import Connected, Session, SessionOptions, State, Subscribed
+from shadowsvc.mqtt.session import (
+    Connected,
+    Session,
+    SessionOptions,
+    State,
+    Subscribed,
+    SubscribedAgain,
+)
 from tests.memory_broker import Link, MemoryBroker
 
 if TYPE_CHECKING:
@@ -68,7 +75,7 @@ class Driver:
 
     def __init__(self, options: SessionOptions = OPTIONS, *, now: float = 0.0) -> None:
         self.got: list[tuple[str, mqtt5.PublishPacket]] = []
-        self.events: list[Connected | Subscribed] = []
+        self.events: list[Connected | Subscribed | SubscribedAgain] = []
         self.session = Session(options, lambda topic, packet: self.got.append((topic, packet)))
         self.session.connect(now, 1000)
         self.sent = [self.session.outgoing.pop()]
@@ -212,6 +219,74 @@ def test_a_suback_for_what_was_never_sent_is_refused(driver: Driver) -> None:
     granted = mqtt5.SubAckReasonCode.GRANTED_QOS_AT_LEAST_ONCE
     answer = mqtt5.SubAckPacket(2, [granted] * 2).write()
     assert violation(lambda: driver.feed(answer)) == PROTOCOL_ERROR
+
+
+def subscribed_ids(sent: list[bytes]) -> list[int]:
+    packets = [mqtt5.read(memoryview(data))[0] for data in sent]
+    return [packet.packet_id for packet in packets if isinstance(packet, mqtt5.SubscribePacket)]
+
+
+def suback(packet_id: int, code: int = 1) -> bytes:
+    return mqtt5.SubAckPacket(packet_id, [mqtt5.SubAckReasonCode(code)] * 2).write()
+
+
+def test_a_live_session_subscribes_again_with_the_same_filters_and_another_packet_id(
+    live: Driver,
+) -> None:
+    for packet_id in (2, 3):
+        assert live.session.subscribe_again()
+        live.feed(publish(b"%d" % packet_id) + suback(packet_id))
+        assert live.events[-1] == SubscribedAgain()
+        assert live.session.state is State.LIVE
+    assert subscribed_ids(live.sent) == [1, 2, 3]
+    first, *others = [
+        packet
+        for data in live.sent
+        if isinstance(packet := mqtt5.read(memoryview(data))[0], mqtt5.SubscribePacket)
+    ]
+    assert all(packet.topic_filters == first.topic_filters for packet in others)
+    assert [payload for _, payload, *_ in seen(live)] == [b"2", b"3"]
+    assert live.events.count(Subscribed()) == 1
+
+
+def test_one_subscribe_at_a_time_waits_for_its_answer(driver: Driver) -> None:
+    assert not driver.session.subscribe_again()
+    driver.feed(CONNACK)
+    assert driver.session.awaits_suback
+    assert not driver.session.subscribe_again()
+    driver.feed(SUBACK)
+    assert not driver.session.awaits_suback
+    assert driver.session.subscribe_again()
+    assert not driver.session.subscribe_again()
+    driver.feed(PINGRESP)
+    assert subscribed_ids(driver.sent) == [1, 2]
+
+
+def test_packet_ids_of_subscribes_begin_anew_after_the_last(live: Driver) -> None:
+    live.session._subscribe_id = 65_534
+    for packet_id in (65_535, 1):
+        assert live.session.subscribe_again()
+        live.feed(suback(packet_id))
+    assert subscribed_ids(live.sent) == [1, 65_535, 1]
+
+
+@pytest.mark.parametrize("code", [0x80, 0x87, 0x8F, 0x97, 0x00])
+def test_a_subscription_that_is_refused_later_ends_the_session_with_its_reason(
+    live: Driver, code: int
+) -> None:
+    live.session.subscribe_again()
+    with pytest.raises(MqttRefused) as caught:
+        live.feed(suback(2, code))
+    name = mqtt5.SubAckReasonCode(code).name.lower()
+    assert caught.value.reason == (f"suback_{name}" if code else "suback_qos_0")
+
+
+@pytest.mark.parametrize("packet_id", [1, 3])
+def test_a_suback_that_is_not_awaited_is_refused(live: Driver, packet_id: int) -> None:
+    assert violation(lambda: live.feed(suback(packet_id))) == PROTOCOL_ERROR
+    other = Driver().feed(CONNACK + SUBACK)
+    other.session.subscribe_again()
+    assert violation(lambda: other.feed(suback(packet_id))) == PROTOCOL_ERROR
 
 
 def test_publishes_of_a_resumed_session_are_taken_before_suback(driver: Driver) -> None:

@@ -1,9 +1,8 @@
-"""The ingest connection: socket, TLS, keep-alive and reconnecting around `mqtt.session`.
+"""The ingest connection: kept, and made again whenever it ends.
 
-Lives here: everything about the ingest side that waits. Rules: reading and keep-alive never wait
-for anything but the network; a connect has a time limit, name resolution included; reconnects
-back off with full jitter; the broker's session is never ended or unsubscribed, only left. Must not
-come in: what a message means, when it may be acknowledged.
+Lives here: when to connect, and how long to wait before. Rules: reconnects back off with full
+jitter; the broker's session is never ended or unsubscribed, only left. Must not come in: what a
+message means, when it may be acknowledged, bytes and sockets (`mqtt.transport`).
 """
 
 from __future__ import annotations
@@ -11,75 +10,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import ssl
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import structlog
 
-from shadowsvc.errors import ConnectionLost, MqttError, ProtocolViolation
-from shadowsvc.mqtt.session import Connected, Session, SessionOptions, State
+from shadowsvc.backoff import wait_seconds
+from shadowsvc.errors import ConnectionLost, MqttError
+from shadowsvc.mqtt.session import Session, SessionOptions
+from shadowsvc.mqtt.transport import Endpoint, Ingest, Wire, open_wire
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import mqtt5
+    from collections.abc import Awaitable, Callable
 
 __all__ = ["Connection", "Endpoint", "Ingest"]
 
 _log = structlog.get_logger(__name__)
 
-_BUFFER_BYTES = 256 * 1024
-_FULL_READ_BYTES = 32 * 1024
-_REST_SECONDS = 0.002
-_TICKS_A_KEEP_ALIVE = 8
 _STABLE_SECONDS = 10.0
-_FAREWELL_SECONDS = 1.0
-_IMPLEMENTATION_SPECIFIC_ERROR = 131
-
-
-class Ingest(Protocol):
-    """What the connection needs from whoever takes the messages."""
-
-    async def begin_connection(self) -> int:
-        """Start a new epoch; return the Receive Maximum to announce (1 to 65535)."""
-
-    def connected(self, *, session_present: bool) -> None:
-        """CONNACK came."""
-
-    def subscribed_now(self) -> None:
-        """Every filter was granted."""
-
-    def begin_chunk(self) -> None:
-        """Bytes arrived; `publish` calls follow."""
-
-    def publish(self, topic: str, packet: mqtt5.PublishPacket) -> None:
-        """One message."""
-
-    def end_chunk(self) -> None:
-        """All messages of the chunk were handed over."""
-
-    def over_receive_maximum(self) -> bool:
-        """Whether the broker has more unacknowledged messages under way than was announced."""
-
-    def disconnected(self, reason: str) -> None:
-        """The connection is gone; `reason` is a bounded metric label."""
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where the broker is and how long things may take, in seconds.
-
-    `tls` builds the TLS context anew for each connect, so that rotated certificates are picked
-    up; None means plain TCP.
-    """
-
-    host: str
-    port: int
-    tls: Callable[[], ssl.SSLContext] | None = None
-    connect_timeout_seconds: float = 10.0
-    reconnect_min_seconds: float = 0.2
-    reconnect_max_seconds: float = 30.0
+# By these a broker says that it does not like who we are; the names are MQTT 5's (§3.2.2.2).
+_REFUSED_LOGINS = frozenset(
+    {"connack_bad_user_name_or_password", "connack_not_authorized", "connack_banned"}
+)
+_INTERVAL_JITTER = 0.2
 
 
 class Connection:
@@ -100,10 +53,21 @@ class Connection:
         """What the present connection announced."""
         self.last_error: str | None = None
         """What ended the last connection, for people."""
+        self.identify: Callable[[], Awaitable[str]] | None = None
+        """Awaited before every CONNECT: the client id to use. It may take as long as it likes."""
+        self.subscribed_again: Callable[[], None] = lambda: None
+        """Called when the broker granted every filter once more."""
         self._ingest = ingest
         self._jitter = jitter
-        self._protocol: _Protocol | None = None
+        self._protocol: Wire | None = None
         self._stopping = asyncio.Event()
+        self._away: set[str] = set()
+        self._wanted = asyncio.Event()
+        self._wanted.set()
+        self._hurry = asyncio.Event()
+        self._logins = [_login(options)]
+        """The login that counts, and the one before while the broker refuses it."""
+        self._refusals = 0
 
     async def run(self) -> None:
         """Connect, serve, and connect again until `finish` or cancellation.
@@ -116,9 +80,9 @@ class Connection:
             try:
                 await self._serve()
             except MqttError as error:
-                failures = 1 if self._was_stable else failures + 1
-                delay = self._backoff(failures)
-                if not stopping.is_set():
+                failures = 1 if self._was_stable or self._away else failures + 1
+                delay = self._delay(error, failures)
+                if not stopping.is_set() and not self._away:
                     _log.warning(
                         "broker connection lost" if self._was_up else "broker not reachable",
                         reason=error.reason,
@@ -130,7 +94,9 @@ class Connection:
                 self._ingest.disconnected(error.reason)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(delay):
-                        await stopping.wait()
+                        await self._hurry.wait()
+                self._hurry.clear()
+            await self._wanted.wait()
 
     def send(self, data: bytes) -> None:
         """Write to the present connection.
@@ -139,10 +105,8 @@ class Connection:
         nothing may follow a DISCONNECT (MQTT-3.14.4-1).
         """
         protocol = self._protocol
-        if protocol is not None and not protocol.ended.done() and protocol.transport is not None:
-            protocol.transport.write(data)
-            if protocol.paused:
-                protocol.resume_if_room()
+        if protocol is not None:
+            protocol.send(data)
 
     def reconnect(self, reason: str) -> None:
         """Leave the present connection, keeping the session, and make a new one."""
@@ -150,25 +114,61 @@ class Connection:
         if protocol is not None:
             protocol.fail(ConnectionLost(reason, "leaving to connect anew"), farewell=0)
 
-    async def finish(self) -> None:
-        """Leave for good: DISCONNECT keeping the session, half-close, read to the end, close.
+    def renew_login(self, username: str | None, password: bytes | None) -> None:
+        """Use another login, or other certificates with the same one: connect anew, at once.
 
-        Takes at most a second. A close with unread bytes would reset the connection and could
-        lose the last acks on their way. TLS knows no half-close: there the broker closes when it
-        has read DISCONNECT (MQTT 5 §3.14.4).
+        The broker may learn of a new login later than we do. So while it refuses the new one, the
+        one before is tried in turn with it.
         """
+        new, old = (username, password), _login(self.options)
+        self._logins = [new] if new == old else [new, old]
+        self.options = replace(self.options, username=username, password=password)
+        self._refusals = 0
+        self.reconnect("credentials")
+        self._hurry.set()
+
+    def subscribe_again(self) -> bool:
+        """Send SUBSCRIBE once more; False when not subscribed or when an answer is awaited.
+
+        Idempotent (MQTT 5 §3.8.4). A refusal, or no answer within `connect_timeout_seconds`, ends
+        the connection.
+        """
+        protocol = self._protocol
+        return protocol is not None and protocol.subscribe_again(
+            self.endpoint.connect_timeout_seconds
+        )
+
+    async def finish(self) -> None:
+        """Leave for good: DISCONNECT keeping the session, then close; takes at most a second."""
         self._stopping.set()
+        self._wanted.set()
+        self._hurry.set()
+        await self._depart(ConnectionLost("stopping", "leaving for good"))
+
+    async def leave(self, reason: str) -> None:
+        """Leave as `finish` does, and stay away until `come_back` with the same `reason`.
+
+        Reasons are metric labels; there may be several at a time. What is being connected is given
+        up before CONNECT is sent.
+        """
+        self._away.add(reason)
+        if not self._stopping.is_set():
+            self._wanted.clear()
+        await self._depart(ConnectionLost(reason, f"leaving for a while: {reason}"))
+
+    def come_back(self, reason: str) -> None:
+        """Take back `leave`; with the last reason gone the service connects again."""
+        self._away.discard(reason)
+        if not self._away:
+            self._wanted.set()
+
+    async def _depart(self, error: ConnectionLost) -> None:
         protocol = self._protocol
         if protocol is None or protocol.transport is None:
             return
-        transport = protocol.transport
-        protocol.fail(ConnectionLost("stopping", "leaving for good"), farewell=0)
-        transport.resume_reading()
-        if transport.can_write_eof() and not transport.is_closing():
-            transport.write_eof()
-        await asyncio.wait([protocol.closed], timeout=_FAREWELL_SECONDS)
-        if not protocol.closed.done():
-            transport.abort()
+        protocol.lingers = True
+        protocol.fail(error, farewell=0)
+        await protocol.close_gently()
 
     @property
     def _was_up(self) -> bool:
@@ -179,14 +179,31 @@ class Connection:
         since = None if self._protocol is None else self._protocol.subscribed_at
         return since is not None and asyncio.get_running_loop().time() - since > _STABLE_SECONDS
 
+    def _delay(self, error: MqttError, failures: int) -> float:
+        """Return how long to wait after `error`: longer, and never short, after a refused login."""
+        used = None if self._protocol is None else _login(self._protocol.session.options)
+        if error.reason not in _REFUSED_LOGINS:
+            if self._was_up:
+                self._refusals = 0
+                if used == self._logins[0]:
+                    del self._logins[1:]
+            return self._backoff(failures)
+        if used != _login(self.options):
+            return self._backoff(1)  # another one came meanwhile
+        self._refusals += 1
+        if len(self._logins) > 1:
+            username, password = self._logins[1 - self._logins.index(used)]
+            self.options = replace(self.options, username=username, password=password)
+            if self._refusals == 1:
+                return self._backoff(1)
+        low, high = self.endpoint.login_retry_min_seconds, self.endpoint.login_retry_max_seconds
+        return self._jitter(low, min(high, low * 2 ** min(self._refusals, 16)))
+
     def _backoff(self, failures: int) -> float:
-        """Full jitter: anything up to a limit that doubles each time, but never nothing."""
         endpoint = self.endpoint
-        ceiling = min(
-            endpoint.reconnect_max_seconds,
-            endpoint.reconnect_min_seconds * 2 ** min(failures - 1, 16),
+        return wait_seconds(
+            failures, endpoint.reconnect_min_seconds, endpoint.reconnect_max_seconds, self._jitter
         )
-        return self._jitter(endpoint.reconnect_min_seconds / 2, ceiling)
 
     async def _serve(self) -> None:
         """One connection from connect to its end; raises the `MqttError` that ended it."""
@@ -195,248 +212,43 @@ class Connection:
         loop = asyncio.get_running_loop()
         receive_maximum = await self._ingest.begin_connection()
         self._go_on()
+        if self.identify is not None:
+            client_id = await self.identify()
+            self._go_on()
+            self.options = replace(self.options, client_id=client_id)
         session = Session(self.options, self._ingest.publish)
-        protocol = _Protocol(session, self._ingest, loop)
+        protocol = Wire(session, self._ingest, loop)
         deadline = loop.time() + endpoint.connect_timeout_seconds
-        try:
-            async with asyncio.timeout_at(deadline):
-                context = None if endpoint.tls is None else await asyncio.to_thread(endpoint.tls)
-                await loop.create_connection(
-                    lambda: protocol,
-                    endpoint.host,
-                    endpoint.port,
-                    ssl=context,
-                    server_hostname=endpoint.host if context else None,
-                    ssl_shutdown_timeout=_FAREWELL_SECONDS if context else None,
-                )
-        except TimeoutError:
-            raise ConnectionLost(
-                "connect_timeout",
-                f"no connection within SHADOWSVC_MQTT__CONNECT_TIMEOUT_SECONDS "
-                f"({endpoint.connect_timeout_seconds:g})",
-            ) from None
-        except ssl.SSLError as error:
-            raise ConnectionLost(
-                "tls", f"TLS failed: {error}; see SHADOWSVC_MQTT__CA_FILE"
-            ) from None
-        except (OSError, UnicodeError) as error:  # UnicodeError: no name that DNS could hold
-            raise ConnectionLost("connect", f"{error}; see SHADOWSVC_MQTT__URL") from None
+        await open_wire(endpoint, protocol, deadline)
         try:
             self._go_on()
             self._protocol = protocol
             self.receive_maximum = receive_maximum
+            protocol.subscribed_again = self.subscribed_again
             protocol.start(receive_maximum, deadline)
-            await asyncio.shield(protocol.ended)
+            while not protocol.ended.done():
+                await asyncio.wait([protocol.ended], timeout=self._resubscribe_seconds())
+                protocol.subscribe_again(endpoint.connect_timeout_seconds)
+            protocol.ended.result()
         finally:
             protocol.stop_timers()
-            # `finish` closes by itself, when it has read to the end.
-            if protocol.transport is not None and (
-                protocol is not self._protocol or not self._stopping.is_set()
-            ):
+            # `_depart` closes by itself, when it has read to the end.
+            if protocol.transport is not None and not protocol.lingers:
                 protocol.transport.close()
 
+    def _resubscribe_seconds(self) -> float | None:
+        seconds = self.endpoint.resubscribe_seconds
+        if not seconds:
+            return None
+        return seconds * self._jitter(1 - _INTERVAL_JITTER, 1 + _INTERVAL_JITTER)
+
     def _go_on(self) -> None:
-        """Raise when `finish` came while something was waited for."""
+        """Raise when `finish` or `leave` came while something was waited for."""
         if self._stopping.is_set():
             raise ConnectionLost("stopping", "leaving for good")
+        for reason in self._away:
+            raise ConnectionLost(reason, f"leaving for a while: {reason}")
 
 
-class _Protocol(asyncio.BufferedProtocol):
-    """Feeds one session from one transport, without copying what was read."""
-
-    def __init__(self, session: Session, ingest: Ingest, loop: asyncio.AbstractEventLoop) -> None:
-        self.session = session
-        self.transport: asyncio.Transport | None = None
-        self.session_started = False
-        self.subscribed_at: float | None = None
-        self.ended: asyncio.Future[None] = loop.create_future()
-        """Carries the error that ended the connection."""
-        self.closed: asyncio.Future[None] = loop.create_future()
-        """Done when the transport is gone."""
-        self._ingest = ingest
-        self._loop = loop
-        self._resting = False
-        self.paused = False
-        """Not reading: the broker sends beyond the Receive Maximum."""
-        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
-        self._filled = 0
-        self._opening: asyncio.TimerHandle | None = None
-        self._ticker: asyncio.TimerHandle | None = None
-
-    def start(self, receive_maximum: int, deadline: float) -> None:
-        """Send CONNECT; CONNACK and SUBACK have to be here at `deadline` (the loop's time)."""
-        self._opening = self._loop.call_at(deadline, self._check_open)
-        self.session.connect(self._loop.time(), receive_maximum)
-        self._flush()
-
-    def stop_timers(self) -> None:
-        for timer in (self._opening, self._ticker):
-            if timer is not None:
-                timer.cancel()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport  # type: ignore[assignment]
-
-    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - the protocol's signature
-        return self._buffer[self._filled :]
-
-    def buffer_updated(self, nbytes: int) -> None:
-        end = self._filled + nbytes
-        if self.ended.done():
-            self._filled = 0
-            return
-        now = self._loop.time()
-        ingest = self._ingest
-        ingest.begin_chunk()
-        try:
-            used = self.session.receive(self._buffer[:end], now)
-        except ProtocolViolation as error:
-            self.fail(error, farewell=error.code)
-            used = end
-        except MqttError as error:
-            self.fail(error)
-            used = end
-        except Exception:  # noqa: BLE001 - a defect of the taker costs one connection, no message
-            _log.exception("taking messages failed", limit_by="ingest")
-            self.fail(
-                ConnectionLost("internal_error", "taking messages failed"),
-                farewell=_IMPLEMENTATION_SPECIFIC_ERROR,
-            )
-            used = end
-        self._report()
-        ingest.end_chunk()
-        self._flush()
-        rest = end - used
-        if rest and used:
-            self._buffer[:rest] = self._buffer[used:end]
-        self._filled = rest
-        self._resize(rest)
-        if self.ended.done():
-            return
-        if ingest.over_receive_maximum():
-            self._pause()
-        elif nbytes < _FULL_READ_BYTES and self.session.state is State.LIVE:
-            self._rest()
-
-    def _rest(self) -> None:
-        """Let messages gather for two milliseconds.
-
-        A broker sends each message by itself; taking each as it comes costs more than the message.
-        A read that brought much already is followed by the next at once.
-        """
-        if self.transport is not None and not self._resting:
-            self._resting = True
-            self.transport.pause_reading()
-            self._loop.call_later(_REST_SECONDS, self._read_on)
-
-    def _read_on(self) -> None:
-        self._resting = False
-        transport = self.transport
-        if transport is not None and not self.paused and not transport.is_closing():
-            transport.resume_reading()
-
-    def resume_if_room(self) -> None:
-        """Read on when enough was acknowledged."""
-        if not self._ingest.over_receive_maximum():
-            self.paused = False
-            self.session.heard(self._loop.time())
-            if self.transport is not None:
-                self.transport.resume_reading()
-
-    def _pause(self) -> None:
-        """Stop reading from a broker that sends beyond the Receive Maximum.
-
-        MQTT 5 §3.3.4 lets a client disconnect such a server. mosquitto does so whenever it resumes
-        a session with a queue, and would do it again: TCP's back pressure bounds memory instead.
-        A broker that keeps to the Receive Maximum never gets here.
-        """
-        if self.transport is not None and not self.paused:
-            self.paused = True
-            self.transport.pause_reading()
-            _log.warning(
-                "the broker sends beyond the Receive Maximum: reading waits for acks",
-                limit_by="receive_maximum",
-            )
-
-    def eof_received(self) -> bool:
-        self.fail(ConnectionLost("closed_by_broker", "the broker closed the connection"))
-        return False
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.transport = None
-        self.fail(ConnectionLost("network", str(exc) if exc else "the connection was closed"))
-        if not self.closed.done():
-            self.closed.set_result(None)
-
-    def _tick_later(self) -> None:
-        self._ticker = self._loop.call_later(
-            self.session.keep_alive_seconds / _TICKS_A_KEEP_ALIVE, self._tick
-        )
-
-    def _tick(self) -> None:
-        if self.ended.done():
-            return
-        now = self._loop.time()
-        if self.paused:
-            self.session.heard(now)
-        try:
-            self.session.tick(now)
-        except ConnectionLost as error:
-            self.fail(error)
-            if self.transport is not None:
-                self.transport.abort()
-            return
-        self._flush()
-        self._tick_later()
-
-    def _check_open(self) -> None:
-        """End a connection whose CONNACK or SUBACK has not come within the connect time-out."""
-        if self.subscribed_at is not None:
-            return
-        if self.paused:  # the answer may be among what is not read yet
-            self._opening = self._loop.call_later(_FAREWELL_SECONDS, self._check_open)
-            return
-        what = "SUBACK" if self.session_started else "CONNACK"
-        self.fail(ConnectionLost("no_answer", f"the broker sent no {what} in time"))
-        if self.transport is not None:
-            self.transport.abort()
-
-    def fail(self, error: MqttError, farewell: int | None = None) -> None:
-        if self.ended.done():
-            return
-        self.ended.set_exception(error)
-        # Whoever waits may be gone by now (the process is leaving): that is no lost exception.
-        self.ended.exception()
-        self.session.outgoing.clear()  # nothing may follow DISCONNECT
-        if farewell is not None and self.transport is not None:
-            self.transport.write(self.session.farewell(farewell))
-
-    def _report(self) -> None:
-        for event in self.session.events:
-            if isinstance(event, Connected):
-                self.session_started = True
-                # From here on the keep-alive is known; until then `_check_open` watches.
-                self._tick_later()
-                self._ingest.connected(session_present=event.session_present)
-            else:
-                self.subscribed_at = self._loop.time()
-                self._ingest.subscribed_now()
-        self.session.events.clear()
-
-    def _flush(self) -> None:
-        outgoing = self.session.outgoing
-        if outgoing:
-            if self.transport is not None:
-                self.transport.write(b"".join(outgoing))
-            outgoing.clear()
-
-    def _resize(self, rest: int) -> None:
-        """Grow for a packet larger than the buffer, shrink back when it is through."""
-        size = len(self._buffer)
-        if rest == size:
-            limit = self.session.options.maximum_packet_size_bytes + _BUFFER_BYTES
-            grown = memoryview(bytearray(min(size * 4, max(limit, size + _BUFFER_BYTES))))
-            grown[:rest] = self._buffer
-            self._buffer = grown
-        elif size > _BUFFER_BYTES and not rest:
-            self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+def _login(options: SessionOptions) -> tuple[str | None, bytes | None]:
+    return options.username, options.password

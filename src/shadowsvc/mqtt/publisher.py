@@ -35,6 +35,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
+from shadowsvc.backoff import wait_seconds
 from shadowsvc.errors import ConnectionLost, MqttError, MqttRefused
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ NO_MATCHING_SUBSCRIBERS = 0x10
 _FIRST_FAILURE_CODE = 0x80
 _MAX_RECEIVE_MAXIMUM = 65_535
 _LOGIN_CODES = frozenset({0x86, 0x87, 0x8C})
-_LARGEST_DOUBLING = 16
 
 _log = structlog.get_logger(__name__)
 
@@ -382,9 +382,9 @@ class Publisher:
 
     async def _connect_again(self) -> None:
         settings, tries = self._settings, 0
+        least, most = settings.reconnect_min_seconds, settings.reconnect_max_seconds
         while True:
-            most = settings.reconnect_min_seconds * 2 ** min(tries, _LARGEST_DOUBLING)
-            await asyncio.sleep(self._random.uniform(0, min(most, settings.reconnect_max_seconds)))
+            await asyncio.sleep(wait_seconds(tries + 1, least, most, self._random.uniform))
             try:
                 await self._connect()
             except MqttError as error:

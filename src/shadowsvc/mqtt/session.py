@@ -10,15 +10,18 @@ States and what moves them:
                           │ CONNACK ≥ 0x80            │ SUBACK ≥ 0x80
                           ▼                           ▼
                        raises MqttRefused          raises MqttRefused
+    LIVE ──subscribe_again()──▶ LIVE, SUBACK awaited ──granted──▶ LIVE; ≥ 0x80 raises MqttRefused
     any state ──DISCONNECT from the broker──▶ raises ConnectionLost
     any state ──bytes that MQTT 5 forbids──▶ raises ProtocolViolation (with the code to answer)
     any state ──nothing heard for 1.5 keep-alives──▶ tick() raises ConnectionLost
 
-Two rules:
+Three rules:
 1. After an error the session is dead: its owner sends `farewell(code)`, closes, and makes a new
    session. Nothing of it is reused, so no packet id, alias or timer outlives its connection.
 2. Publishes may arrive before SUBACK and even before LIVE (a resumed session is served at once,
    MQTT 5 §4.4): they are delivered in every state after CONNACK.
+3. One SUBSCRIBE at a time waits for its SUBACK, and each has another packet id than the one before,
+   so that an answer belongs to one question.
 
 Must not come in: sockets, asyncio, reconnecting, acks (the ledger makes those), documents.
 """
@@ -26,7 +29,7 @@ Must not come in: sockets, asyncio, reconnecting, acks (the ledger makes those),
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import mqtt5
@@ -36,7 +39,15 @@ from shadowsvc.errors import ConnectionLost, MqttRefused, ProtocolViolation
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Connected", "PublishHandler", "Session", "SessionOptions", "State", "Subscribed"]
+__all__ = [
+    "Connected",
+    "PublishHandler",
+    "Session",
+    "SessionOptions",
+    "State",
+    "Subscribed",
+    "SubscribedAgain",
+]
 
 _MALFORMED = int(mqtt5.DisconnectReasonCode.MALFORMED_PACKET)
 _PROTOCOL_ERROR = int(mqtt5.DisconnectReasonCode.PROTOCOL_ERROR)
@@ -46,7 +57,7 @@ _QOS_NOT_SUPPORTED = int(mqtt5.DisconnectReasonCode.QOS_NOT_SUPPORTED)
 
 _MAX_HEADER_BYTES = 5
 _REFUSED = 128
-_SUBSCRIBE_ID = 1
+_MAX_PACKET_ID = 65_535
 _QOS_2 = mqtt5.QoS.EXACTLY_ONCE
 
 
@@ -79,6 +90,11 @@ class Subscribed:
 
 
 @dataclass(frozen=True, slots=True)
+class SubscribedAgain:
+    """The broker granted every filter once more."""
+
+
+@dataclass(frozen=True, slots=True)
 class SessionOptions:
     """What CONNECT and SUBSCRIBE say. Sizes in bytes, times in seconds."""
 
@@ -89,7 +105,7 @@ class SessionOptions:
     maximum_packet_size_bytes: int = 1_114_112
     topic_alias_maximum: int = 16
     username: str | None = None
-    password: bytes | None = None
+    password: bytes | None = field(default=None, repr=False)
     clean_start: bool = False
 
 
@@ -101,10 +117,13 @@ class Session:
         self.state = State.NEW
         self.outgoing: list[bytes] = []
         """Packets to send, oldest first; the owner empties it."""
-        self.events: list[Connected | Subscribed] = []
+        self.events: list[Connected | Subscribed | SubscribedAgain] = []
         """Facts, oldest first; the owner empties it."""
         self.keep_alive_seconds = float(options.keep_alive_seconds)
+        self.awaits_suback = False
+        """Whether a SUBSCRIBE was sent that has no answer yet."""
         self._on_publish = on_publish
+        self._subscribe_id = 0
         self._aliases: dict[int, str] = {}
         self._last_heard = 0.0
         self._last_sent = 0.0
@@ -130,11 +149,24 @@ class Session:
             ).write()
         )
 
+    def subscribe_again(self) -> bool:
+        """Queue SUBSCRIBE on a live session, where it changes nothing unless something was lost.
+
+        MQTT 5 §3.8.4: a subscription that is there already is replaced, and no message is lost by
+        it. False, and nothing is sent, while the session is not live or an answer is awaited.
+        """
+        if self.state is not State.LIVE or self.awaits_suback:
+            return False
+        self.subscribe()
+        return True
+
     def subscribe(self) -> None:
         """Queue SUBSCRIBE for every filter, QoS 1, no retained messages (retain handling 2)."""
+        self._subscribe_id = self._subscribe_id % _MAX_PACKET_ID + 1
+        self.awaits_suback = True
         self.outgoing.append(
             mqtt5.SubscribePacket(
-                _SUBSCRIBE_ID,
+                self._subscribe_id,
                 [
                     mqtt5.TopicFilter(
                         pattern,
@@ -298,9 +330,9 @@ class Session:
         self.subscribe()
 
     def _suback(self, packet: mqtt5.SubAckPacket) -> None:
-        if packet.packet_id != _SUBSCRIBE_ID:
+        if packet.packet_id != self._subscribe_id or not self.awaits_suback:
             raise ProtocolViolation(
-                _PROTOCOL_ERROR, f"SUBACK for packet id {packet.packet_id}, which was never sent"
+                _PROTOCOL_ERROR, f"SUBACK for packet id {packet.packet_id}, which is not awaited"
             )
         for pattern, code in zip(self.options.filters, packet.reason_codes, strict=False):
             if int(code) >= _REFUSED:
@@ -316,8 +348,9 @@ class Session:
             )
         if len(packet.reason_codes) != len(self.options.filters):
             raise ProtocolViolation(_PROTOCOL_ERROR, "SUBACK does not answer every filter")
+        self.awaits_suback = False
+        self.events.append(SubscribedAgain() if self.state is State.LIVE else Subscribed())
         self.state = State.LIVE
-        self.events.append(Subscribed())
 
     def _check_size(self, view: memoryview) -> None:
         """Raise when the packet that begins here announces more bytes than we allow."""

@@ -34,6 +34,7 @@ REASONS: Final = (
     "topic",
     "device_name",
     "payload_too_large",
+    "properties_too_large",
     "empty_payload",
     "not_utf8",
     "not_json",
@@ -96,6 +97,8 @@ class Limits:
         "max_leaves",
         "max_path_bytes",
         "max_payload_bytes",
+        "max_user_properties",
+        "max_user_properties_bytes",
         "on_ancient",
         "on_future",
         "unit",
@@ -108,6 +111,8 @@ class Limits:
         max_depth: int = 16,
         max_leaves: int = 500,
         max_path_bytes: int = 1024,
+        max_user_properties: int = 64,
+        max_user_properties_bytes: int = 8192,
         unit: TimeUnit = "auto",
         max_ahead_us: int = 300 * _SECOND_US,
         max_age_us: int = 9 * 86400 * _SECOND_US,
@@ -119,6 +124,8 @@ class Limits:
         self.max_depth = max_depth
         self.max_leaves = max_leaves
         self.max_path_bytes = max_path_bytes
+        self.max_user_properties = max_user_properties
+        self.max_user_properties_bytes = max_user_properties_bytes
         self.unit = unit
         self.max_ahead_us = max_ahead_us
         self.max_age_us = max_age_us
@@ -161,6 +168,8 @@ class Decoder:
                 "payload_too_large",
                 f"{size} bytes, SHADOWSVC_SHADOW__MAX_PAYLOAD_BYTES is {limits.max_payload_bytes}",
             )
+        if user_properties:
+            _check_properties(user_properties, limits)
         try:
             document = orjson.loads(payload)
         except orjson.JSONDecodeError as error:
@@ -400,6 +409,24 @@ def _unreadable(payload: bytes, error: orjson.JSONDecodeError) -> Rejected:
     if "infinity" in str(error):
         return Rejected("number_precision", f"a number does not fit 64 bits: {error.msg}")
     return Rejected("not_json", f"{error.msg} at character {error.pos}")
+
+
+def _check_properties(user_properties: Sequence[tuple[str, str]], limits: Limits) -> None:
+    """Raise `Rejected` when there are too many, or too many bytes of them."""
+    count = len(user_properties)
+    if count > limits.max_user_properties:
+        raise Rejected(
+            "properties_too_large",
+            f"{count} user properties, SHADOWSVC_SHADOW__MAX_USER_PROPERTIES is "
+            f"{limits.max_user_properties}",
+        )
+    size = sum(len(name.encode()) + len(value.encode()) for name, value in user_properties)
+    if size > limits.max_user_properties_bytes:
+        raise Rejected(
+            "properties_too_large",
+            f"user properties of {size} bytes, SHADOWSVC_SHADOW__MAX_USER_PROPERTIES_BYTES is "
+            f"{limits.max_user_properties_bytes}",
+        )
 
 
 def _too_deep(limit: int) -> Rejected:

@@ -21,11 +21,12 @@ __all__ = ["Batch", "Batcher", "halves"]
 
 
 class Batch:
-    """Updates to be written by one request: device → its updates, in arrival order."""
+    """Updates of one replica set, for one request: device → its updates, in arrival order."""
 
-    __slots__ = ("devices", "size_bytes")
+    __slots__ = ("devices", "group", "size_bytes")
 
-    def __init__(self) -> None:
+    def __init__(self, group: int = 0) -> None:
+        self.group = group
         self.devices: dict[str, list[Update]] = {}
         self.size_bytes = 0
 
@@ -65,10 +66,10 @@ class Batcher:
         batch = self._open.get(group)
         size = update.size_bytes
         if batch is None:
-            batch = self._open[group] = Batch()
+            batch = self._open[group] = Batch(group)
         elif batch.size_bytes + size > self.max_bytes:
             self.ready.append(batch)
-            batch = self._open[group] = Batch()
+            batch = self._open[group] = Batch(group)
         batch.size_bytes += size
         devices = batch.devices
         same = devices.get(update.device)
@@ -80,10 +81,14 @@ class Batcher:
                 self.ready.append(batch)
                 del self._open[group]
 
-    def seal(self) -> None:
-        """Close every open batch: what is in it waits no longer."""
-        self.ready.extend(self._open.values())
-        self._open.clear()
+    def seal(self, keep: Callable[[int], bool] | None = None) -> None:
+        """Close every open batch: what is in it waits no longer. Groups that `keep` says stay."""
+        if keep is None:
+            self.ready.extend(self._open.values())
+            self._open.clear()
+            return
+        for group in [group for group in self._open if not keep(group)]:
+            self.ready.append(self._open.pop(group))
 
     def batches(self) -> Iterator[Batch]:
         """Every batch that waits, sealed or open."""
@@ -124,11 +129,11 @@ def halves(batch: Batch) -> tuple[Batch, Batch] | None:
         rest = [update for update in updates if update.device not in first_devices]
     else:
         cut, rest = updates[: len(updates) // 2], updates[len(updates) // 2 :]
-    return _batch_of(cut), _batch_of(rest)
+    return _batch_of(cut, batch.group), _batch_of(rest, batch.group)
 
 
-def _batch_of(updates: list[Update]) -> Batch:
-    batch = Batch()
+def _batch_of(updates: list[Update], group: int) -> Batch:
+    batch = Batch(group)
     for update in updates:
         batch.devices.setdefault(update.device, []).append(update)
         batch.size_bytes += update.size_bytes

@@ -1,34 +1,37 @@
 """The data plane: shadows and dead letters into Cassandra, by acsylla.
 
-Lives here: the only use of acsylla, prepared statements, the making of one request from a batch,
-and the mapping of driver errors to ours. Rules: a call returns only after Cassandra confirmed
-the write at the configured consistency; times go with each statement (`USING TIMESTAMP ?`), never
-with a batch, so a repetition writes the same cells again; text is bound as bytes without U+0000
-(the driver binds C strings); the driver retries nothing by itself. Must not come in: retrying,
-planning, acks.
+Lives here: the only use of acsylla, prepared statements, and the making of one request from a
+batch; what the driver's errors mean stands in `store.faults`. Rules: a call returns only after
+Cassandra confirmed the write at the configured consistency; times go with each statement (`USING
+TIMESTAMP ?`), never with a batch, so a repetition writes the same cells again; text is bound as
+bytes without U+0000 (the driver binds C strings); the driver retries nothing by itself; no more
+than `MAX_IN_FLIGHT` requests are at it. Must not come in: retrying, planning, acks.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import re
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import acsylla
 import structlog
-from acsylla import errors as driver_errors
 
-from shadowsvc.errors import SchemaBehind, StoreError, StoreRefused, StoreUnavailable
+from shadowsvc.credentials import load, system_authorities
+from shadowsvc.errors import CredentialsUnusable, StoreUnavailable
 from shadowsvc.shadow.merge import merge
 from shadowsvc.shadow.update import Update
+from shadowsvc.store.endpoints import by_name
+from shadowsvc.store.faults import mapped
 from shadowsvc.store.migrate import SELECT_VERSIONS, verify
+from shadowsvc.window import MAX_IN_FLIGHT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from shadowsvc.config import Cassandra
+    from shadowsvc.credentials import Credentials
     from shadowsvc.shadow.update import Mutations
     from shadowsvc.store.deadletter import DeadLetter
 
@@ -61,42 +64,50 @@ _STATEMENTS = {
     + _SECTION
     + " AND path >= ? AND path < ?",
     "delete_section": "DELETE FROM {keyspace}.shadow USING TIMESTAMP ? " + _SECTION,
+    "read_reported": "SELECT path, value, WRITETIME(value) AS time_us FROM {keyspace}.shadow "
+    "WHERE device = ? AND shadow = ? AND section = 'reported'",
     "dead_letter": "INSERT INTO {keyspace}.dead_letter (bucket, shard, received_at, id, "
     "client_id, device, topic, reason, detail, payload, payload_bytes, payload_sha256, qos, "
     "retain, duplicate, user_properties, device_time) "
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) USING TTL ?",
 }
 
-# Refusals of the request itself. All else, schema, grants and login included, is an outage.
-_REFUSALS = (
-    driver_errors.CassErrorServerSyntaxError,
-    driver_errors.CassErrorServerInvalidQuery,
-    driver_errors.CassErrorServerProtocolError,
-    driver_errors.CassErrorLibMessageEncode,
-    driver_errors.CassErrorLibBadParams,
-    driver_errors.CassErrorLibInvalidValueType,
-    driver_errors.CassErrorLibInvalidItemCount,
-    driver_errors.CassErrorLibParameterUnset,
-)
-# An InvalidQuery that says so is about the schema: an outage until someone migrates.
-_SCHEMA_WORDS = ("unconfigured table", "does not exist", "unknown identifier", "undefined column")
+# cassandra.h's CASS_SSL_VERIFY_PEER_CERT (1, the chain) and …_PEER_IDENTITY (2) or …_DNS (4): the
+# latter do not imply the former. As numbers, since acsylla 1.2 knows no sums of them, and its
+# SSLVerifyFlags.PEER_IDENTITY has the value of PEER_CERT.
+_VERIFY_ADDRESS = 1 | 2
+_VERIFY_NAME = 1 | 4
 
 _MAX_SHAPES = 16
 _MAX_SHAPE_ROWS = 200
 
+_NUMBER = re.compile(r"\d+")
 _DRIVER_LEVELS = {"CRITICAL": "error", "ERROR": "error", "WARN": "warning"}
 
 
 class CassandraStore:
     """One acsylla session and its statements. Belongs to the running event loop."""
 
-    def __init__(self, settings: Cassandra, *, dead_letter_ttl_seconds: int) -> None:
-        """Make it, unconnected."""
+    def __init__(
+        self,
+        settings: Cassandra,
+        *,
+        dead_letter_ttl_seconds: int,
+        credentials: Credentials | None = None,
+    ) -> None:
+        """Make it, unconnected; without `credentials` those of the settings are read."""
         self.settings = settings
         self.max_request_bytes = settings.batch_max_bytes
         self._ttl = dead_letter_ttl_seconds
         self._timeout = settings.request_timeout_seconds
+        self._credentials = credentials
+        self._connecting = asyncio.Lock()
+        # Of all who use this store together; each has a window of its own below it.
+        self._places = asyncio.Semaphore(MAX_IN_FLIGHT)
+        # One for good: each has a socket pair and a reader on the loop of its own. What a session
+        # is made with is copied out of it, so it takes other credentials while an older one lives.
         self._cluster: Any = None
+        self._retiring: asyncio.Task[None] | None = None
         self._session: Any = None
         self._execute_batch: Any = None
         self._statements: dict[str, Any] = {}
@@ -111,31 +122,93 @@ class CassandraStore:
 
     async def connect(self) -> None:
         """Connect and prepare. Raises `StoreUnavailable` or `SchemaBehind`; call it again then."""
-        if self._session is None:
-            if self._cluster is None:
-                # Kept for the next attempt: a cluster object never gives its sockets back.
-                self._cluster = await _cluster(self.settings)
+        async with self._connecting:
+            if self._session is None:
+                self._session = await self._new_session()
+            await self.check_schema()
+            self._use(self._session, await self._prepare(self._session))
+
+    async def renew(self, credentials: Credentials | None = None) -> None:
+        """Put a session with other credentials, or the same once more, in the place of this one.
+
+        Requests go on meanwhile; the old session is closed when those on it have ended. Raises
+        `StoreError`: then the old session stays. Unconnected it changes what `connect` will use.
+        """
+        async with self._connecting:
+            if credentials is not None:
+                self._credentials = credentials
+            if self._session is None:
+                return
+            if not self._statements:  # half-way through `connect`, which makes another session
+                session, self._session = self._session, None
+                await session.close()
+                return
+            if self._retiring is not None:
+                await asyncio.wait([self._retiring])  # never more than two at a time
+            session = await self._new_session()
             try:
-                self._session = await self._cluster.create_session(keyspace=self.settings.keyspace)
-            except Exception as error:
-                raise _mapped(error) from error
-        await self.check_schema()
+                statements = await self._prepare(session)
+            except BaseException:
+                await session.close()
+                raise
+            old = self._session
+            for task in self._preparing:
+                task.cancel()
+            self._use(session, statements)
+            self._retiring = asyncio.create_task(self._retire(old), name="retire session")
+
+    async def _new_session(self) -> Any:
+        """Return a session of its own with the present credentials."""
+        credentials = self._credentials
+        if credentials is None:
+            try:
+                credentials = await asyncio.to_thread(load, "cassandra", self.settings)
+            except CredentialsUnusable as error:
+                raise StoreUnavailable("tls", str(error)) from None
+        if self._cluster is None:
+            self._cluster = _cluster(self.settings)
+        authorities = None
+        if self.settings.tls:
+            authorities = credentials.ca or await asyncio.to_thread(system_authorities)
+        try:
+            _configure(self._cluster, self.settings, credentials, authorities)
+            return await self._cluster.create_session(keyspace=self.settings.keyspace)
+        except Exception as error:
+            raise mapped(error) from error
+
+    async def _prepare(self, session: Any) -> dict[str, Any]:
         statements = {}
         for name, text in _STATEMENTS.items():
             try:
-                statements[name] = await self._session.create_prepared(
+                statements[name] = await session.create_prepared(
                     text.format(keyspace=self.settings.keyspace), timeout=self._timeout
                 )
             except Exception as error:
-                raise _mapped(error) from error
-        self._execute_batch = self._session.execute_batch
+                raise mapped(error) from error
+        return statements
+
+    def _use(self, session: Any, statements: dict[str, Any]) -> None:
+        self._session = session
+        self._execute_batch = session.execute_batch
         self._statements = statements
+        self._shapes = {}
+
+    async def _retire(self, session: Any) -> None:
+        """Close a session when every request on it has ended, by its time-out at the latest."""
+        try:
+            await asyncio.sleep(2 * self._timeout)
+        finally:
+            try:
+                await session.close()
+            except Exception as error:  # noqa: BLE001 - it is gone all the same
+                _log.info("old session not closed", error=str(mapped(error)))
 
     async def close(self) -> None:
         """Close the session; await every write before."""
-        for task in self._preparing:
+        tasks = [*self._preparing, *([] if self._retiring is None else [self._retiring])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._preparing, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         session, self._session = self._session, None
         self._statements = {}
         self._shapes = {}
@@ -151,9 +224,10 @@ class CassandraStore:
         """
         try:
             execute, request = self.build(mutations)
-            await execute(request)
+            async with self._places:
+                await execute(request)
         except Exception as error:
-            raise _mapped(error) from error
+            raise mapped(error) from error
 
     def build(self, mutations: Sequence[Mutations | Update]) -> tuple[Any, Any]:
         """Return what `write` awaits, and with what: the first half of a write."""
@@ -226,8 +300,13 @@ class CassandraStore:
                 values += (time_us, leaves[at], device, paths[at])
         return prepared.bind(values, None, None, self._timeout)
 
-    async def write_in_parts(self, mutations: Mutations) -> None:
-        """Write one device's mutations that are too large for one request, part by part."""
+    async def write_in_parts(
+        self, mutations: Mutations, on_part: Callable[[], None] | None = None
+    ) -> None:
+        """Write one device's mutations that are too large for one request, part by part.
+
+        `on_part` is called after each part. Raises as `write` does.
+        """
         statements: list[Any] = []
         self._fill((mutations,), statements.append)
         size = sum(len(value) + len(path) for _, value, _, _, path in mutations.writes)
@@ -239,9 +318,12 @@ class CassandraStore:
             for statement in statements[at : at + step]:
                 batch.add_statement(statement)
             try:
-                await self._execute_batch(batch)
+                async with self._places:
+                    await self._execute_batch(batch)
             except Exception as error:
-                raise _mapped(error) from error
+                raise mapped(error) from error
+            if on_part is not None:
+                on_part()
 
     async def write_dead_letter(self, letter: DeadLetter) -> None:
         """Write one dead letter. Raises `StoreError`."""
@@ -280,6 +362,21 @@ class CassandraStore:
             )
         )
 
+    async def read_reported(self, device: str, shadow: str) -> dict[str, tuple[str, int]]:
+        """Return value (JSON) and write time (µs) of each reported leaf of a small shadow, by path.
+
+        At LOCAL_QUORUM: what was confirmed at that or above is seen. Raises `StoreError`.
+        """
+        result = await self._execute(
+            self._statements["read_reported"].bind(
+                [device, shadow],
+                timeout=self._timeout,
+                consistency=acsylla.Consistency.LOCAL_QUORUM,
+            )
+        )
+        rows = (row.as_tuple() for row in result)
+        return {path: (value, time_us) for path, value, time_us in rows if value is not None}
+
     async def check_schema(self) -> None:
         """Raise `SchemaBehind` or `SchemaConflict` unless the schema is what this release needs."""
         statement = acsylla.create_statement(SELECT_VERSIONS, timeout=self._timeout)
@@ -308,9 +405,10 @@ class CassandraStore:
 
     async def _execute(self, statement: Any) -> Any:
         try:
-            return await self._session.execute(statement)
+            async with self._places:
+                return await self._session.execute(statement)
         except Exception as error:
-            raise _mapped(error) from error
+            raise mapped(error) from error
 
     def _fill(self, mutations: Iterable[Mutations], add: Any) -> None:
         """Hand every statement of `mutations` to `add`."""
@@ -361,14 +459,8 @@ class CassandraStore:
             )
 
 
-async def _cluster(settings: Cassandra) -> Any:
-    """Build the driver's cluster object; reads certificates in a thread."""
-    options: dict[str, Any] = {}
-    if settings.username is not None and settings.password is not None:
-        options["username"] = settings.username
-        options["password"] = settings.password.get_secret_value()
-    if settings.tls:
-        options |= await asyncio.to_thread(_tls_options, settings)
+def _cluster(settings: Cassandra) -> Any:
+    """Build the driver's cluster object, without credentials."""
     return acsylla.create_cluster(
         list(settings.contact_points),
         port=settings.port,
@@ -388,25 +480,25 @@ async def _cluster(settings: Cassandra) -> Any:
         log_level="warn",
         logging_callback=_driver_log,
         application_name="shadowsvc",
-        **options,
+        hostname_resolution=settings.tls and by_name(settings.contact_points),
     )
 
 
-def _tls_options(settings: Cassandra) -> dict[str, Any]:
-    def pem(path: Path | None) -> str | None:
-        return None if path is None else Path(path).read_text()
-
-    names = all(not _is_address(point) for point in settings.contact_points)
-    return {
-        "ssl_enabled": True,
-        "ssl_trusted_cert": pem(settings.ca_file),
-        "ssl_cert": pem(settings.certificate_file),
-        "ssl_private_key": pem(settings.key_file),
-        "ssl_verify_flags": acsylla.SSLVerifyFlags.PEER_IDENTITY_DNS
-        if names
-        else acsylla.SSLVerifyFlags.PEER_IDENTITY,
-        "hostname_resolution": names,
-    }
+def _configure(
+    cluster: Any, settings: Cassandra, credentials: Credentials, authorities: str | None
+) -> None:
+    """Set what the next session logs in with, and whom it trusts. The host's name is checked."""
+    if credentials.username is not None and credentials.password is not None:
+        cluster.set_credentials(credentials.username, credentials.password.get_secret_value())
+    if settings.tls:
+        cluster.set_ssl(
+            True,
+            credentials.certificate,
+            credentials.key,
+            "",
+            authorities,
+            _VERIFY_NAME if by_name(settings.contact_points) else _VERIFY_ADDRESS,
+        )
 
 
 def _stamp(time_us: int) -> float:
@@ -417,41 +509,10 @@ def _stamp(time_us: int) -> float:
     return (time_us // 1000 + 0.5) / 1000
 
 
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _driver_log(message: Any) -> None:
     level = _DRIVER_LEVELS.get(str(message.log_level).upper(), "warning")
     if "sharding info" in message.message:
         level = "debug"  # every Cassandra that is not a Scylla
-    getattr(_log, level)(
-        "cassandra driver", driver_message=message.message, limit_by=message.message
-    )
-
-
-def _mapped(error: Exception) -> StoreError:
-    """Map a driver's error to ours; `kind` is the metric label, one of a bounded set."""
-    if isinstance(error, StoreError):
-        return error
-    name = type(error).__name__
-    kind = "".join(
-        f"_{letter.lower()}" if letter.isupper() else letter
-        for letter in name.removeprefix("CassError").removeprefix("CassException")
-    ).lstrip("_")
-    text = f"{name}: {error}" if str(error) else name
-    if isinstance(error, _REFUSALS):
-        message = str(error).lower()
-        if any(words in message for words in _SCHEMA_WORDS):
-            return SchemaBehind(f"{text}: run `shadowsvc migrate`")
-        return StoreRefused(kind, text)
-    if isinstance(error, driver_errors.CassErrorLibUnableToSetKeyspace):
-        return SchemaBehind(
-            "the keyspace does not exist: run `shadowsvc migrate`, or see "
-            "SHADOWSVC_CASSANDRA__KEYSPACE"
-        )
-    return StoreUnavailable(kind or "unknown", text)
+    # Its numbers make each another one: the driver tells a stepped clock once a second.
+    kind = _NUMBER.sub("#", message.message)
+    getattr(_log, level)("cassandra driver", driver_message=message.message, limit_by=kind)

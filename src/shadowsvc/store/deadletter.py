@@ -19,17 +19,20 @@ import orjson
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["MAX_PAYLOAD_BYTES", "SHARDS", "DeadLetter", "FloodGate"]
+__all__ = ["MAX_PAYLOAD_BYTES", "MAX_TOPIC_CHARS", "SHARDS", "DeadLetter", "FloodGate"]
 
 MAX_PAYLOAD_BYTES = 65536
 """How much of a payload is kept."""
+
+MAX_TOPIC_CHARS = 1024
+"""How much of a topic is kept; one of this length may have been cut."""
 
 SHARDS = 8
 """Partitions an hour."""
 
 _HOUR_MS = 3_600_000
-_MAX_TOPIC_CHARS = 1024
 _MAX_DETAIL_CHARS = 512
+_MAX_PROPERTIES = 1024
 _MAX_PROPERTIES_BYTES = 8192
 _MAX_DEVICE_CHARS = 128
 _MAX_SENDERS = 10_000
@@ -77,7 +80,9 @@ class DeadLetter:
         """Make the row of a message, cut to what the table takes."""
         letter_id = uuid.uuid4()
         properties: str | None = None
-        if user_properties:
+        if len(user_properties) > _MAX_PROPERTIES:
+            properties = '["too long"]'
+        elif user_properties:
             text = orjson.dumps([list(pair) for pair in user_properties])
             properties = text.decode() if len(text) <= _MAX_PROPERTIES_BYTES else '["too long"]'
         return cls(
@@ -88,7 +93,7 @@ class DeadLetter:
             id=letter_id,
             client_id=client_id,
             device=None if device is None else _text(device, _MAX_DEVICE_CHARS),
-            topic=_text(topic, _MAX_TOPIC_CHARS),
+            topic=_text(topic, MAX_TOPIC_CHARS),
             reason=reason,
             detail=_text(detail, _MAX_DETAIL_CHARS),
             payload=payload[:MAX_PAYLOAD_BYTES],

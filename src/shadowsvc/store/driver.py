@@ -13,8 +13,12 @@ driver's asyncio loop is called experimental by its own documentation.
 from __future__ import annotations
 
 import logging
+import random
 import re
 import ssl
+import threading
+import time
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,22 +52,47 @@ from cassandra.policies import (
 from cassandra.protocol import SyntaxException
 from cassandra.query import tuple_factory
 
-from shadowsvc.errors import SchemaBehind, StoreError, StoreRefused, StoreUnavailable
+from shadowsvc.credentials import load
+from shadowsvc.errors import (
+    CredentialsUnusable,
+    SchemaBehind,
+    StoreError,
+    StoreRefused,
+    StoreUnavailable,
+)
+from shadowsvc.store.endpoints import NamedEndPointFactory, by_name, named
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, MutableMapping
 
+    from shadowsvc.credentials import Credentials
     from shadowsvc.settings import Cassandra
 
-__all__ = ["Connection", "connected", "errors", "is_missing", "translate"]
+__all__ = ["Connection", "connected", "errors", "is_missing", "pace_logins", "renew", "translate"]
 
 _PREFIX = "SHADOWSVC_CASSANDRA__"
 _RECONNECT_MIN_SECONDS = 1.0
 _RECONNECT_MAX_SECONDS = 30.0
 _EVENT_WINDOW_SECONDS = 2.0
+
+# What took the place of the settings' credentials, and the clusters that live; by the settings.
+_renewed: MutableMapping[Cassandra, Credentials] = weakref.WeakKeyDictionary()
+_living: MutableMapping[Any, Cassandra] = weakref.WeakKeyDictionary()
+_refused: MutableMapping[Cassandra, _Refused] = weakref.WeakKeyDictionary()
+_login_retry_seconds = [10.0, 300.0]
+_lock = threading.Lock()  # clusters are made in several threads
 _SHOWN_HOSTS = 5
 _SERVER_MESSAGE = re.compile(r'message="(.*)"')
 _MISSING = re.compile(r"does not exist|unconfigured table|undefined column", re.IGNORECASE)
+
+
+class _Refused(NamedTuple):
+    """Logins that were refused one after another."""
+
+    times: int
+    until: float
+    """when the next may be tried, by the monotonic clock"""
+    why: str
 
 
 class Connection(NamedTuple):
@@ -110,13 +139,16 @@ def connected(
 
     Raises `StoreUnavailable` when there is no way in (kinds `unreachable`, `authentication`, `tls`,
     `local_dc`, …) and `SchemaBehind` when the keyspace does not exist. What happens inside the
-    `with` is mapped too.
+    `with` is mapped too. After a refused login it raises at once for a while (`pace_logins`), until
+    `renew` brings another one.
     """
     _quieten()
+    _wait_for_login(settings)
     cluster = None
     try:
         cluster = _cluster(settings, metadata, request_timeout_seconds, schema_agreement_seconds)
         session = cluster.connect(wait_for_all_pools=all_nodes)
+        _refused.pop(settings, None)
         local_dc, warnings = _local_dc(settings, cluster)
         if keyspace is not None:
             session.set_keyspace(keyspace)
@@ -127,10 +159,49 @@ def connected(
         mapped = _wrong_local_dc(error, settings, cluster) or translate(error, settings)
         if mapped is None:
             raise
+        if mapped.kind == "authentication":
+            _count_refusal(settings, str(mapped))
         raise mapped from error
     finally:
         if cluster is not None:
             cluster.shutdown()
+
+
+def renew(settings: Cassandra, credentials: Credentials) -> None:
+    """Let every later connection by `settings` use `credentials`; those that exist stay.
+
+    That goes for connections which a living cluster object makes by itself, too.
+    """
+    _renewed[settings] = credentials
+    _refused.pop(settings, None)
+    with _lock:
+        living = list(_living.items())
+    for cluster, its_settings in living:
+        if its_settings == settings:
+            cluster.ssl_context = credentials.context
+            cluster.auth_provider = _login_of(settings)
+
+
+def pace_logins(minimum_seconds: float, maximum_seconds: float) -> None:
+    """Set the shortest and the longest wait after a refused login, for the whole process."""
+    _login_retry_seconds[:] = minimum_seconds, maximum_seconds
+
+
+def _wait_for_login(settings: Cassandra) -> None:
+    """Raise while it is too early for another login: whoever asks too often gets locked out."""
+    refused = _refused.get(settings)
+    if refused is not None and (seconds := refused.until - time.monotonic()) > 0:
+        raise StoreUnavailable(
+            "authentication", f"{refused.why}; not tried again for {seconds:.0f} s"
+        )
+
+
+def _count_refusal(settings: Cassandra, why: str) -> None:
+    before = _refused.get(settings)
+    count = 1 if before is None else before.times + 1
+    low, high = _login_retry_seconds
+    wait = random.uniform(low, min(high, low * 2.0 ** min(count, 16)))  # noqa: S311 - jitter
+    _refused[settings] = _Refused(count, time.monotonic() + wait, why)
 
 
 @contextmanager
@@ -195,15 +266,14 @@ def _cluster(
         request_timeout=request_timeout_seconds or settings.request_timeout_seconds,
         row_factory=tuple_factory,
     )
-    auth = None
-    if settings.username is not None:
-        password = settings.password.get_secret_value() if settings.password else ""
-        auth = PlainTextAuthProvider(settings.username, password)
+    names = settings.tls and by_name(settings.contact_points)
+    points = named(settings.contact_points, settings.port) if names else settings.contact_points
     cluster = Cluster(
-        settings.contact_points,
+        points,
+        endpoint_factory=NamedEndPointFactory(settings.port) if names else None,
         port=settings.port,
         execution_profiles={EXEC_PROFILE_DEFAULT: profile},
-        auth_provider=auth,
+        auth_provider=_login_of(settings),
         ssl_context=_ssl_context(settings),
         connect_timeout=settings.connect_timeout_seconds,
         control_connection_timeout=settings.connect_timeout_seconds,
@@ -222,24 +292,30 @@ def _cluster(
     # The driver would begin with two versions that only DSE speaks. As an argument it could not
     # fall back to version 4.
     cluster.protocol_version = ProtocolVersion.V5
+    with _lock:
+        _living[cluster] = settings
     return cluster
+
+
+def _login_of(settings: Cassandra) -> PlainTextAuthProvider | None:
+    login = _renewed.get(settings, settings)
+    if login.username is None:
+        return None
+    password = login.password.get_secret_value() if login.password else ""
+    return PlainTextAuthProvider(login.username, password)
 
 
 def _ssl_context(settings: Cassandra) -> ssl.SSLContext | None:
     if not settings.tls:
         return None
+    renewed = _renewed.get(settings)
+    if renewed is not None:
+        return renewed.context
     try:
-        context = ssl.create_default_context(cafile=settings.ca_file)
-        if settings.certificate_file is not None:
-            context.load_cert_chain(settings.certificate_file, settings.key_file)
-    except (OSError, ssl.SSLError) as error:
-        raise StoreUnavailable(
-            "tls",
-            f"cannot load the certificates: {error} "
-            f"({_PREFIX}CA_FILE, {_PREFIX}CERTIFICATE_FILE, {_PREFIX}KEY_FILE)",
-        ) from error
-    # create_default_context checks name and chain; the driver passes the node's address as name.
-    return context
+        # It checks chain and name, which is the node's address, or that of its end point.
+        return load("cassandra", settings).context
+    except CredentialsUnusable as error:
+        raise StoreUnavailable("tls", f"cannot load the certificates: {error}") from None
 
 
 def _local_dc(settings: Cassandra, cluster: Any) -> tuple[str, tuple[str, ...]]:

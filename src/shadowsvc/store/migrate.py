@@ -48,7 +48,7 @@ __all__ = [
     "verify",
 ]
 
-EXPECTED_VERSION = 2
+EXPECTED_VERSION = 3
 """The version that this release needs: the number of its last file."""
 
 SELECT_VERSIONS = "SELECT version, name, checksum FROM schema_version WHERE service = 'shadowsvc'"
@@ -260,7 +260,9 @@ class _Run:
                 f"{self._connection.local_dc!r}: below {_WANTED_REPLICAS} the loss of a node stops "
                 "the service or loses data; when there are more, ALTER KEYSPACE and repair"
             )
-        options = ", ".join(f"'{name}': '{number}'" for name, number in wanted.items())
+        # A name comes from the operator or from the cluster; a quote in it ends no string.
+        quoted = {name.replace("'", "''"): number for name, number in wanted.items()}
+        options = ", ".join(f"'{name}': '{number}'" for name, number in quoted.items())
         self._progress(f"creating keyspace {self._keyspace!r} with replicas {options}")
         self._change(
             f'CREATE KEYSPACE IF NOT EXISTS "{self._keyspace}" WITH replication = '

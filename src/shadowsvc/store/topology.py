@@ -15,7 +15,6 @@ the last one to the first.
 
 from __future__ import annotations
 
-import random
 import threading
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +23,7 @@ import structlog
 from cassandra.metadata import Murmur3Token
 from cassandra.policies import HostStateListener
 
+from shadowsvc.backoff import wait_seconds
 from shadowsvc.errors import StoreError
 from shadowsvc.store import driver
 
@@ -246,12 +246,11 @@ class Topology:
                 cluster.refresh_keyspace_metadata(settings.keyspace)
 
     def _pause(self, settings: Cassandra, failures: int) -> None:
-        ceiling = min(
-            settings.retry_max_seconds, settings.retry_min_seconds * 2.0 ** min(failures, 32)
-        )
         self._wake.clear()
         if not self._stopping:
-            self._wake.wait(random.uniform(0, ceiling))  # noqa: S311 - jitter
+            self._wake.wait(
+                wait_seconds(failures, settings.retry_min_seconds, settings.retry_max_seconds)
+            )
 
 
 class _Listener(HostStateListener):  # type: ignore[misc] # the driver is untyped
