@@ -7,6 +7,7 @@ from backing import Cassandra
 pytestmark = pytest.mark.timeout(240)  # a cold start on a busy machine
 
 
+@pytest.mark.slow
 def test_a_killed_node_comes_back_with_what_it_acknowledged() -> None:
     with Cassandra(heap="512M", settings={"commitlog_sync": "batch"}) as node:
         with node.session() as session:

@@ -158,6 +158,7 @@ def test_an_owner_that_comes_back_during_the_adoption_takes_another_slot(
             assert service.metrics().total("slot_losses_total") == 0
 
 
+@pytest.mark.slow
 def test_an_owner_that_was_frozen_for_longer_than_that_takes_another_slot(
     broker: backing.Broker, group: Group
 ) -> None:
@@ -184,6 +185,7 @@ def test_an_owner_that_was_frozen_for_longer_than_that_takes_another_slot(
         assert group.owners().keys() == {slot_of(frozen), slot_of(lasting)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_an_adopter_that_ends_in_the_middle_strands_nothing(
     broker: backing.Broker, group: Group, number: signal.Signals
@@ -221,6 +223,7 @@ def test_an_adopter_that_ends_in_the_middle_strands_nothing(
         assert_forgotten(broker, *(set(names) - {slot_of(last)}))
 
 
+@pytest.mark.slow
 def test_while_cassandra_is_away_an_adoption_is_given_up_and_made_later(
     broker: backing.Broker,
     own_cassandra: Any,

@@ -449,6 +449,7 @@ def memory_of(letters: Letters, *arguments: str) -> tuple[str, int]:
     return done.stdout, int(done.stderr.split()[-1])
 
 
+@pytest.mark.slow
 def test_ten_thousand_letters_are_read_without_holding_them(flood: Hand) -> None:
     letters = flood.letters
     _, few = memory_of(letters, "list", "--limit", "100", "--json")
@@ -535,6 +536,7 @@ def test_an_outage_ends_a_replay_with_what_was_done_and_it_may_be_repeated(
     assert 0 < summary["letters"] < LETTERS
 
 
+@pytest.mark.slow
 def test_purge_of_a_time_deletes_it_whole_even_rows_of_a_clock_that_is_ahead(
     flood: Hand,
 ) -> None:

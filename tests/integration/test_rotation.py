@@ -367,6 +367,7 @@ def test_certificate_password_and_authority_of_cassandra_change_under_load(
             assert "-secret" not in service.log_path.read_text()
 
 
+@pytest.mark.slow
 def test_a_session_that_was_locked_out_for_a_while_comes_back_by_itself(
     broker: backing.Broker, unique: str, tmp_path: Path
 ) -> None:

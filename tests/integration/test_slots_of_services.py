@@ -301,12 +301,13 @@ def test_one_service_more_than_slots_waits_and_says_which_setting_to_raise(
     unique: str,
     tmp_path: Path,
 ) -> None:
-    with (
-        grouped(broker, cassandra, migrated, unique, tmp_path, SLOTS__MAX_SLOTS=1) as group,
-        group.service() as first,
-        group.service() as second,
-    ):
-        first.wait_ready()
+    with ExitStack() as stack:
+        group = stack.enter_context(
+            grouped(broker, cassandra, migrated, unique, tmp_path, SLOTS__MAX_SLOTS=1)
+        )
+        first = stack.enter_context(group.service())
+        first.wait_ready()  # else the other one may have the slot
+        second = stack.enter_context(group.service())
         second.wait_reasons({"no_slot", "not_subscribed"})
         answer = json.loads(second.get("/readyz").body)
         [detail] = [one["detail"] for one in answer["reasons"] if one["reason"] == "no_slot"]
@@ -426,6 +427,7 @@ def test_without_a_lease_and_without_cassandra_nobody_connects(
 # ------------------------------------------------------------------ isolation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True], ids=["slots", "client ids"])
 def test_below_the_limit_an_outage_isolates_nobody_and_above_it_others_take_over(
     broker: backing.Broker,
