@@ -82,7 +82,7 @@ class ServerProcess:
         if self.running:
             raise BackingError(f"{self.name} runs already (pid {self.pid})")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        argv = (*_die_with_parent(), *self.argv)
+        argv = (*die_with_parent(), *self.argv)
 
         def spawn() -> subprocess.Popen[bytes]:
             with self.log_path.open("ab") as log:
@@ -206,7 +206,8 @@ def find_program(name: str, *, package: str, folders: Sequence[str] = ()) -> str
     return found
 
 
-def _die_with_parent() -> tuple[str, ...]:
+def die_with_parent() -> tuple[str, ...]:
+    """Return what to put before a command line, so that it ends when its parent thread does."""
     # setpriv (util-linux) sets the parent death signal and then becomes the server: same pid. A
     # preexec_fn would do as well, but warns in a process with threads.
     setpriv = shutil.which("setpriv")

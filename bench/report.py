@@ -166,7 +166,7 @@ def _goal(what: str, value: float, sign: str, must: float | None, aim: float | N
 def write_json(path: Path, runs: Sequence[Run], options: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
-        "machine": _machine(),
+        "machine": machine(),
         "options": options,
         "summary": {
             service: {
@@ -180,7 +180,8 @@ def write_json(path: Path, runs: Sequence[Run], options: Mapping[str, Any]) -> N
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Return what figures depend on: processor, kernel and programs."""
     info = Path("/proc/cpuinfo").read_text()
     models = [line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line]
     return {

@@ -12,13 +12,15 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROGRAMS = REPOSITORY / "out" / "bench"
+COMPILED = REPOSITORY / "out" / "compiled"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a service works in one run: all of it is fresh, so that runs cannot meet.
 
-    `mqtt` and `cassandra` are `host:port`; `name` serves as client id and share group.
+    `mqtt` and `cassandra` are `host:port`; `name` serves as client id and share group, unless there
+    is a `client`. Without a `replication` the service's own is taken.
     """
 
     mqtt: str
@@ -26,6 +28,8 @@ class Place:
     data_centre: str
     keyspace: str
     name: str
+    client: str = ""
+    replication: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +54,18 @@ class Service:
     acknowledges_early: bool = False
 
 
-def shadowsvc(place: Place, *arguments: str) -> Command:
-    """Return the command of shadowsvc with `arguments`."""
+def shadowsvc(place: Place, *arguments: str, source: Path = REPOSITORY / "src") -> Command:
+    """Return the command of shadowsvc with `arguments`, imported from the folder `source`."""
     host, _, port = place.cassandra.rpartition(":")
+    replication = {"SHADOWSVC_CASSANDRA__REPLICATION": place.replication}
     return Command(
         (sys.executable, "-m", "shadowsvc", *arguments),
         {
             "PYTHONPATH": os.pathsep.join(
-                [str(REPOSITORY / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+                [str(source), *filter(None, [os.environ.get("PYTHONPATH")])]
             ),
             "SHADOWSVC_MQTT__URL": f"mqtt://{place.mqtt}",
-            "SHADOWSVC_MQTT__CLIENT_ID": place.name,
+            "SHADOWSVC_MQTT__CLIENT_ID": place.client or place.name,
             "SHADOWSVC_MQTT__SHARE_GROUP": place.name,
             "SHADOWSVC_CASSANDRA__CONTACT_POINTS": host,
             "SHADOWSVC_CASSANDRA__PORT": port,
@@ -68,13 +73,14 @@ def shadowsvc(place: Place, *arguments: str) -> Command:
             "SHADOWSVC_CASSANDRA__KEYSPACE": place.keyspace,
             "SHADOWSVC_HTTP__HOST": "127.0.0.1",
             "SHADOWSVC_HTTP__PORT": "0",
+            **(replication if place.replication else {}),
         },
     )
 
 
 def _wide(place: Place) -> Command:
     """For a cluster whose batch thresholds were raised, as the benchmark's is."""
-    command = shadowsvc(place, "run")
+    command = shadowsvc(place, "run", source=COMPILED)
     return Command(
         command.argv,
         {
@@ -125,7 +131,16 @@ def _bento(place: Place) -> Command:
 SERVICES: Mapping[str, Service] = {
     service.name: service
     for service in (
-        Service("shadowsvc", "shadowsvc, as it comes", lambda place: shadowsvc(place, "run")),
+        Service(
+            "shadowsvc",
+            "shadowsvc with its defaults, compiled as its image has it",
+            lambda place: shadowsvc(place, "run", source=COMPILED),
+        ),
+        Service(
+            "shadowsvc-source",
+            "shadowsvc, from its sources",
+            lambda place: shadowsvc(place, "run"),
+        ),
         Service("go-single", "Go listener, one request an update", _listener("single")),
         Service("go-batch", "Go listener, batches of 10 updates", _listener("batch")),
         Service("shadowsvc-32", "shadowsvc, batches of 32 updates", _wide),

@@ -5,7 +5,11 @@
 //
 //	saturate WARM SECONDS     as many updates as are acknowledged, WINDOW of them on the way
 //	rate N WARM SECONDS       N updates a second, evenly paced, whatever happens to them
-//	drain SECONDS             wait until everything is acknowledged
+//	inject N                  N updates as fast as the broker acknowledges them, whoever listens
+//	watch SECONDS             measure until everything is durable, at most for so long
+//	drain SECONDS [OTHERS]    wait until everything is acknowledged, OTHERS more from elsewhere too
+//
+// SIGINT ends what is being published; what was measured until then is told as ever.
 package main
 
 import (
@@ -16,20 +20,29 @@ import (
 	"log"
 	"net"
 	"os"
+	"os/signal"
+	"slices"
+	"sync"
 	"time"
 )
 
-const chunk = 50
+const (
+	chunk       = 50
+	injectLimit = 10 * time.Minute
+)
 
 type generator struct {
 	tap        *tap
 	publishers []*publisher
-	topics     []string
+	document   document
 	window     int64
 	sequence   int64
 	turn       int
 	room       chan struct{}
 	events     *json.Encoder
+	telling    sync.Mutex
+	late       []int32 // µs by which a paced update was late, once for each waking
+	stop       chan os.Signal
 }
 
 type event map[string]any
@@ -37,35 +50,52 @@ type event map[string]any
 func main() {
 	broker := flag.String("broker", "127.0.0.1:1883", "broker")
 	connections := flag.Int("connections", 8, "publishers")
-	devices := flag.Int("devices", 20_000, "devices; no multiple of 7919")
+	devices := flag.Int64("devices", 20_000, "devices; no multiple of 7919")
 	window := flag.Int64("window", 1000, "updates published and not durable, while saturating")
 	prefix := flag.String("prefix", "things", "first level of the topics")
 	name := flag.String("name", "loadgen", "start of the client ids")
 	cassandra := flag.String("cassandra", "", "the service acknowledges early: tap this Cassandra too")
+	publishTo := flag.String("publish-to", "", "where the publishers connect, if not to the broker")
+	services := flag.Int("services", 1, "connections that subscribe before `subscribed` is told")
+	leaves := flag.Int("leaves", usualLeaves, "leaves of an update")
+	textBytes := flag.Int("text-bytes", 0, "size of one leaf that is a text; 0: the usual one")
+	arrivals := flag.Bool("arrivals", false, "measure from publish to subscriber, too")
+	every := flag.Duration("every", 0, "tell how far it is so often while measuring; 0: never")
 	flag.Parse()
 	log.SetFlags(0)
-	err := run(*broker, *cassandra, *prefix, *name, *connections, *devices, *window)
+	if *publishTo == "" {
+		*publishTo = *broker
+	}
+	d := document{prefix: *prefix, devices: *devices, leaves: *leaves, textBytes: *textBytes}
+	err := run(
+		*broker, *publishTo, *cassandra, *name, d, *connections, *services, *window, *arrivals, *every,
+	)
 	if err != nil {
 		log.Fatal(err)
 	}
 }
 
 func run(
-	broker, cassandra, prefix, name string, connections, devices int, window int64,
+	broker, publishTo, cassandra, name string, d document, connections, services int, window int64,
+	arrivals bool, every time.Duration,
 ) error {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return err
 	}
 	g := &generator{
-		window: window,
-		room:   make(chan struct{}, 1),
-		events: json.NewEncoder(os.Stdout),
+		document: d,
+		window:   window,
+		room:     make(chan struct{}, 1),
+		events:   json.NewEncoder(os.Stdout),
+		stop:     make(chan os.Signal, 1),
 	}
+	signal.Notify(g.stop, os.Interrupt)
 	subscribed := make(chan byte, 16)
 	g.tap = &tap{
 		broker:     broker,
 		early:      cassandra != "",
+		arrivals:   arrivals,
 		subscribed: func(level byte) { subscribed <- level },
 		onDurable: func() {
 			select {
@@ -80,22 +110,26 @@ func run(
 			return err
 		}
 	}
-	for i := range devices {
-		g.topics = append(g.topics, fmt.Sprintf("%s/device-%05d/shadow/update", prefix, i))
-	}
 	for i := range connections {
-		p, err := connect(broker, fmt.Sprintf("%s-%d", name, i))
+		p, err := connect(publishTo, fmt.Sprintf("%s-%d", name, i))
 		if err != nil {
 			return err
 		}
 		g.publishers = append(g.publishers, p)
 	}
 	g.tell(event{"event": "listening", "address": listener.Addr().String(), "cassandra": cassandra})
-	g.tell(event{"event": "subscribed", "protocol_level": int(<-subscribed)})
+	level := <-subscribed
+	for range services - 1 {
+		level = <-subscribed
+	}
+	g.tell(event{"event": "subscribed", "protocol_level": int(level)})
 	go func() {
 		for range subscribed { // further subscriptions of the same service
 		}
 	}()
+	if every > 0 {
+		go g.progress(every)
+	}
 	commands := bufio.NewScanner(os.Stdin)
 	for commands.Scan() {
 		if err := g.obey(commands.Text()); err != nil {
@@ -106,6 +140,8 @@ func run(
 }
 
 func (g *generator) tell(e event) {
+	g.telling.Lock()
+	defer g.telling.Unlock()
 	if err := g.events.Encode(e); err != nil {
 		log.Fatal(err)
 	}
@@ -121,8 +157,23 @@ func (g *generator) obey(command string) error {
 			return g.pace(rate, until)
 		})
 	}
-	if n, _ := fmt.Sscanf(command, "drain %g", &seconds); n == 1 {
-		g.drain(time.Now().Add(time.Duration(seconds * float64(time.Second))))
+	var updates, others int64
+	if n, _ := fmt.Sscanf(command, "inject %d", &updates); n == 1 {
+		return g.inject(updates)
+	}
+	if n, _ := fmt.Sscanf(command, "watch %g", &seconds); n == 1 {
+		// Measured from the first on that is durable: a service that starts has its own work to do.
+		limit := time.Now().Add(time.Duration(seconds * float64(time.Second)))
+		for before := g.tap.durable.Load(); g.tap.durable.Load() == before; {
+			if time.Now().After(limit) || g.interrupted() {
+				break
+			}
+			time.Sleep(time.Millisecond)
+		}
+		return g.measure("backlog", 0, time.Until(limit).Seconds(), g.untilDurable)
+	}
+	if n, _ := fmt.Sscanf(command, "drain %g %d", &seconds, &others); n >= 1 {
+		g.drain(time.Now().Add(time.Duration(seconds*float64(time.Second))), others)
 		return nil
 	}
 	return fmt.Errorf("not understood: %q", command)
@@ -135,24 +186,60 @@ func (g *generator) measure(
 	start := time.Now().Add(time.Duration(warm * float64(time.Second)))
 	end := start.Add(time.Duration(seconds * float64(time.Second)))
 	failed := make(chan error, 1)
+	published := g.sequence
 	go func() { failed <- publish(end) }()
 	time.Sleep(time.Until(start))
 	began, before := time.Now(), g.tap.begin()
 	g.tell(event{"event": "start", "phase": phase})
-	time.Sleep(time.Until(end))
+	err := <-failed
 	took := time.Since(began).Seconds()
-	after, micros := g.tap.end()
-	g.tell(event{
+	after, micros, arrived := g.tap.end()
+	slices.Sort(g.late)
+	told := event{
 		"event": "end", "phase": phase, "seconds": took, "durable": after - before,
-		"p50_ms": quantile(micros, 0.5), "p99_ms": quantile(micros, 0.99),
+		"published": g.sequence - published,
+		"mean_ms":   mean(micros),
+		"p50_ms":    quantile(micros, 0.5), "p99_ms": quantile(micros, 0.99),
 		"p999_ms": quantile(micros, 0.999), "max_ms": quantile(micros, 1),
-	})
-	return <-failed
+		"late_p50_ms": quantile(g.late, 0.5), "late_p99_ms": quantile(g.late, 0.99),
+	}
+	if g.tap.arrivals {
+		told["arrived"] = len(arrived)
+		told["arrive_mean_ms"] = mean(arrived)
+		told["arrive_p50_ms"] = quantile(arrived, 0.5)
+		told["arrive_p99_ms"] = quantile(arrived, 0.99)
+		told["arrive_max_ms"] = quantile(arrived, 1)
+	}
+	g.late = g.late[:0]
+	g.tell(told)
+	return err
+}
+
+// interrupted tells whether SIGINT came since the last question.
+func (g *generator) interrupted() bool {
+	select {
+	case <-g.stop:
+		return true
+	default:
+		return false
+	}
+}
+
+// progress tells how far it is, again and again.
+func (g *generator) progress(every time.Duration) {
+	for range time.Tick(every) {
+		durable, micros, arrived := g.tap.lately()
+		g.tell(event{
+			"event": "progress", "durable": durable, "held": g.tap.held.Load(),
+			"latest": len(micros), "mean_ms": mean(micros), "p99_ms": quantile(micros, 0.99),
+			"arrive_mean_ms": mean(arrived), "arrive_p99_ms": quantile(arrived, 0.99),
+		})
+	}
 }
 
 // saturate publishes a chunk whenever there is room for one in the window.
 func (g *generator) saturate(until time.Time) error {
-	for now := time.Now(); now.Before(until); now = time.Now() {
+	for now := time.Now(); now.Before(until) && !g.interrupted(); now = time.Now() {
 		if g.sequence-g.tap.durable.Load() > g.window-chunk {
 			select {
 			case <-g.room:
@@ -163,12 +250,45 @@ func (g *generator) saturate(until time.Time) error {
 		p := g.next()
 		micros := now.UnixMicro()
 		for range chunk {
-			p.add(g.topics, g.sequence, micros)
+			p.add(&g.document, g.sequence, micros)
 			g.sequence++
 		}
 		if err := p.flush(); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// inject publishes until there are so many more.
+func (g *generator) inject(updates int64) error {
+	began := time.Now()
+	for sent := int64(0); sent < updates && !g.interrupted(); {
+		p := g.next()
+		micros := time.Now().UnixMicro()
+		for range min(chunk, updates-sent) {
+			p.add(&g.document, g.sequence, micros)
+			g.sequence++
+			sent++
+		}
+		if err := p.flush(); err != nil {
+			return err
+		}
+	}
+	for g.accepted() < g.sequence && time.Since(began) < injectLimit && !g.interrupted() {
+		time.Sleep(10 * time.Millisecond)
+	}
+	g.tell(event{
+		"event": "injected", "seconds": time.Since(began).Seconds(), "published": g.sequence,
+		"accepted": g.accepted(),
+	})
+	return nil
+}
+
+// untilDurable publishes nothing.
+func (g *generator) untilDurable(until time.Time) error {
+	for g.tap.durable.Load() < g.sequence && time.Now().Before(until) && !g.interrupted() {
+		time.Sleep(time.Millisecond)
 	}
 	return nil
 }
@@ -179,15 +299,17 @@ func (g *generator) pace(rate float64, until time.Time) error {
 	start := time.Now()
 	for sent := int64(0); ; {
 		now := time.Now()
-		if now.After(until) {
+		if now.After(until) || g.interrupted() {
 			return nil
 		}
 		due := int64(now.Sub(start).Seconds() * rate)
 		if sent < due {
 			p := g.next()
+			first := start.Add(time.Duration(float64(sent) / rate * float64(time.Second)))
+			g.late = append(g.late, int32(now.Sub(first).Microseconds()))
 			for ; sent < due; sent++ {
 				at := start.Add(time.Duration(float64(sent) / rate * float64(time.Second)))
-				p.add(g.topics, g.sequence, at.UnixMicro())
+				p.add(&g.document, g.sequence, at.UnixMicro())
 				g.sequence++
 			}
 			if err := p.flush(); err != nil {
@@ -203,18 +325,30 @@ func (g *generator) next() *publisher {
 	return g.publishers[g.turn]
 }
 
-func (g *generator) drain(until time.Time) {
-	for g.tap.durable.Load() < g.sequence && time.Now().Before(until) {
+func (g *generator) drain(until time.Time, others int64) {
+	for g.tap.durable.Load() < g.sequence+others && time.Now().Before(until) {
 		time.Sleep(10 * time.Millisecond)
 	}
-	var acked int64
-	for _, p := range g.publishers {
-		acked += p.acked.Load()
-	}
 	g.tell(event{
-		"event": "drained", "published": g.sequence, "accepted": acked,
+		"event": "drained", "published": g.sequence, "accepted": g.accepted(),
 		"durable": g.tap.durable.Load(), "held": g.tap.held.Load(),
 	})
+}
+
+// accepted counts what the broker acknowledged.
+func (g *generator) accepted() (updates int64) {
+	for _, p := range g.publishers {
+		updates += p.acked.Load()
+	}
+	return updates
+}
+
+func mean(micros []int32) float64 {
+	sum := 0.0
+	for _, each := range micros {
+		sum += float64(each)
+	}
+	return sum / float64(max(1, len(micros))) / 1000
 }
 
 func quantile(sorted []int32, q float64) float64 {

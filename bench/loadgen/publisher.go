@@ -19,7 +19,19 @@ const (
 	// ackPause lets the broker's acknowledgements gather: they come one by one, and reading each by
 	// itself would cost more than publishing.
 	ackPause = 5 * time.Millisecond
+	// usualLeaves is how many leaves a document has that is measured everywhere.
+	usualLeaves = 4
 )
+
+// A document says what is published, and by whom. All documents hold the leaf volume, a running
+// number by which the last update of a device is found again.
+type document struct {
+	prefix    string
+	devices   int64
+	leaves    int
+	textBytes int
+	topic     []byte
+}
 
 // A publisher is one connection that publishes with QoS 1.
 type publisher struct {
@@ -85,24 +97,76 @@ func (p *publisher) count(in io.Reader) {
 }
 
 // add puts one update into the next write: number sequence, published at micros.
-func (p *publisher) add(topics []string, sequence, micros int64) {
-	d := append(p.payload[:0], `{"state":{"reported":{"temp":`...)
-	d = strconv.AppendInt(d, 15+sequence%10, 10)
-	d = append(d, '.', byte('1'+sequence%9))
-	d = append(d, `,"battery":`...)
-	d = strconv.AppendInt(d, sequence%101, 10)
-	if sequence&1 == 0 {
-		d = append(d, `,"power":{"state":"on"},"volume":`...)
+func (p *publisher) add(of *document, sequence, micros int64) {
+	d := append(p.payload[:0], `{"state":{"reported":{`...)
+	if of.leaves == usualLeaves && of.textBytes == 0 {
+		d = appendUsual(d, sequence)
 	} else {
-		d = append(d, `,"power":{"state":"off"},"volume":`...)
+		d = of.appendOther(d, sequence)
 	}
+	d = append(d, `"volume":`...)
 	d = strconv.AppendInt(d, sequence, 10)
 	d = append(d, `}},"timestamp":`...)
 	d = strconv.AppendInt(d, micros, 10)
 	p.payload = append(d, '}')
 	p.sent++
 	id := uint16((p.sent-1)%65_535 + 1)
-	p.out = appendPublish(p.out, topics[sequence*step%int64(len(topics))], id, p.payload)
+	of.appendTopic(sequence * step % of.devices)
+	p.out = appendPublish(p.out, of.topic, id, p.payload)
+}
+
+func appendUsual(d []byte, sequence int64) []byte {
+	d = append(d, `"temp":`...)
+	d = strconv.AppendInt(d, 15+sequence%10, 10)
+	d = append(d, '.', byte('1'+sequence%9))
+	d = append(d, `,"battery":`...)
+	d = strconv.AppendInt(d, sequence%101, 10)
+	if sequence&1 == 0 {
+		return append(d, `,"power":{"state":"on"},`...)
+	}
+	return append(d, `,"power":{"state":"off"},`...)
+}
+
+// appendOther appends all leaves but volume; the first is a text, if there is to be one.
+func (of *document) appendOther(d []byte, sequence int64) []byte {
+	leaves := of.leaves - 1
+	if of.textBytes > 0 && leaves > 0 {
+		d = append(d, `"text":"`...)
+		for i := range of.textBytes {
+			d = append(d, byte('a'+(sequence+int64(i))%26))
+		}
+		d = append(d, `",`...)
+		leaves--
+	}
+	for i := range leaves {
+		d = append(d, `"leaf`...)
+		d = appendPadded(d, int64(i), 3)
+		d = append(d, `":`...)
+		d = strconv.AppendInt(d, sequence%1000, 10)
+		d = append(d, ',')
+	}
+	return d
+}
+
+// appendTopic makes the topic of a device, PREFIX/device-NUMBER/shadow/update.
+func (of *document) appendTopic(device int64) {
+	t := append(of.topic[:0], of.prefix...)
+	t = append(t, "/device-"...)
+	t = appendPadded(t, device, 5)
+	of.topic = append(t, "/shadow/update"...)
+}
+
+// appendPadded appends a number with so many digits at least.
+func appendPadded(to []byte, number int64, digits int) []byte {
+	for limit, i := int64(10), 1; i < digits; limit, i = limit*10, i+1 {
+		if number < limit {
+			for range digits - i {
+				to = append(to, '0')
+			}
+			break
+		}
+	}
+	return strconv.AppendInt(to, number, 10)
 }
 
 // flush writes what was added, after the broker acknowledged enough of what went before.

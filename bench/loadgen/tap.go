@@ -17,6 +17,7 @@ const chunkBytes = 256 * 1024
 type tap struct {
 	broker     string
 	early      bool         // the service acknowledges before the write: a cqlTap counts instead
+	arrivals   bool         // whether to measure from publish to subscriber, too
 	durable    atomic.Int64 // updates
 	held       peak         // most deliveries that a connection had unacknowledged
 	subscribed func(level byte)
@@ -25,6 +26,8 @@ type tap struct {
 	mutex     sync.Mutex
 	measuring bool
 	micros    []int32 // latency of each durable update
+	arrived   []int32 // µs from publish to here, of each delivery
+	told      [2]int  // of both, how many lately had told of
 }
 
 // A tapped is one connection: the publish time of what the service has not acknowledged, by packet id.
@@ -34,6 +37,7 @@ type tapped struct {
 	pending [1 << 16]atomic.Int64
 	open    atomic.Int64
 	done    []int32
+	came    []int32
 }
 
 func (t *tap) serve(listener net.Listener) {
@@ -93,19 +97,25 @@ func pass(from, to net.Conn, see func(data []byte, now int64) (int, error)) {
 	}
 }
 
-func (c *tapped) fromBroker(data []byte, _ int64) (int, error) {
+func (c *tapped) fromBroker(data []byte, now int64) (int, error) {
 	seen := 0
+	c.came = c.came[:0]
 	for {
 		first, body, size, err := packet(data[seen:])
 		if size == 0 || err != nil {
+			c.deliver(c.came)
 			return seen, err
 		}
 		seen += size
 		switch first >> 4 {
 		case typePublish:
 			if id, ok := publishID(first, body); ok {
-				c.pending[id].Store(stamp(body))
+				sent := stamp(body)
+				c.pending[id].Store(sent)
 				c.held.raise(c.open.Add(1))
+				if c.arrivals && sent != 0 {
+					c.came = append(c.came, int32(now-sent))
+				}
 			}
 		case typeSuback:
 			c.subscribed(c.level)
@@ -164,18 +174,45 @@ func (t *tap) confirm(micros []int32) {
 	t.onDurable()
 }
 
+// deliver counts what the broker delivered.
+func (t *tap) deliver(micros []int32) {
+	if len(micros) == 0 {
+		return
+	}
+	t.mutex.Lock()
+	if t.measuring {
+		t.arrived = append(t.arrived, micros...)
+	}
+	t.mutex.Unlock()
+}
+
 // begin starts a measurement; end returns what it saw.
 func (t *tap) begin() int64 {
 	t.mutex.Lock()
 	defer t.mutex.Unlock()
-	t.measuring, t.micros = true, t.micros[:0]
+	t.measuring, t.micros, t.arrived, t.told = true, t.micros[:0], t.arrived[:0], [2]int{}
 	return t.durable.Load()
 }
 
-func (t *tap) end() (int64, []int32) {
+func (t *tap) end() (durable int64, micros, arrived []int32) {
 	t.mutex.Lock()
 	defer t.mutex.Unlock()
 	t.measuring = false
 	slices.Sort(t.micros)
-	return t.durable.Load(), t.micros
+	slices.Sort(t.arrived)
+	return t.durable.Load(), t.micros, t.arrived
+}
+
+// lately returns what came since it was asked before, while a measurement lasts.
+func (t *tap) lately() (durable int64, micros, arrived []int32) {
+	t.mutex.Lock()
+	defer t.mutex.Unlock()
+	if t.measuring {
+		micros = slices.Clone(t.micros[t.told[0]:])
+		arrived = slices.Clone(t.arrived[t.told[1]:])
+		t.told = [2]int{len(t.micros), len(t.arrived)}
+	}
+	slices.Sort(micros)
+	slices.Sort(arrived)
+	return t.durable.Load(), micros, arrived
 }

@@ -48,7 +48,7 @@ func appendHeader(to []byte, first byte, length int) []byte {
 	return append(to, byte(length))
 }
 
-func appendString(to []byte, text string) []byte {
+func appendString[T string | []byte](to []byte, text T) []byte {
 	return append(binary.BigEndian.AppendUint16(to, uint16(len(text))), text...)
 }
 
@@ -61,7 +61,7 @@ func appendConnect(to []byte, clientID string) []byte {
 }
 
 // appendPublish appends a PUBLISH of MQTT 5 with QoS 1.
-func appendPublish(to []byte, topic string, id uint16, payload []byte) []byte {
+func appendPublish(to []byte, topic []byte, id uint16, payload []byte) []byte {
 	to = appendHeader(to, typePublish<<4|2, 2+len(topic)+2+1+len(payload))
 	to = appendString(to, topic)
 	to = binary.BigEndian.AppendUint16(to, id)

@@ -17,30 +17,27 @@ import contextlib
 import dataclasses
 import os
 import shlex
-import shutil
 import signal
 import sys
-import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import orjson
 import uvloop
-from readback import differences, missing_dead_letters, missing_updates
+from readback import missing_updates, settle
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from service import Figures, Service, ServiceError, environment
+from service import Figures, Service
+from staging import carry_out, keyspace_mistakes, staged
 
 import backing
 from shadowsvc import tree
-from shadowsvc.config import load
-from shadowsvc.errors import ConfigError, ShadowsvcError
 from shadowsvc.simulate import Difference, Expected, Options, Shape, Simulation, Summary
 from shadowsvc.simulate import command as simulate_command
-from shadowsvc.store import driver
 from shadowsvc.store.reader import select_shadow
 
 if TYPE_CHECKING:
@@ -55,7 +52,7 @@ _KILL_EVERY_SECONDS: Final = 4.0
 _DURABLE_LIMIT_SECONDS: Final = 120.0
 _SHOWN_DIFFERENCES: Final = 10
 _SHADOW_EVERY_SECONDS: Final = 5.0
-_READ_LIMIT_SECONDS: Final = 20.0
+_REPEATED_LIMIT_SECONDS: Final = 20.0
 _RECEIVED = "shadowsvc_messages_received"
 _DURABLE = "shadowsvc_updates_durable"
 _UNACKNOWLEDGED = "shadowsvc_unacknowledged_deliveries"
@@ -85,50 +82,21 @@ def main() -> int:
     # Standard output belongs to the JSON object if there is to be one.
     console = Console(stderr=options.json, highlight=False, soft_wrap=True)
     signal.signal(signal.SIGTERM, _ended)
-    folder = Path(tempfile.mkdtemp(prefix="shadowsvc-demo-"))
-    failed = True
-    try:
-        good = _demo(options, console, folder)
-        failed = not good
-    except KeyboardInterrupt:
-        console.print("\ninterrupted: everything is stopped")
-        failed = False
-        return 130
-    except (ServiceError, backing.BackingError, ShadowsvcError) as error:
-        console.print(f"\nthe demo failed: {error}", markup=False)
-    finally:
-        log = folder / "shadowsvc.log"
-        if failed and log.exists():
-            console.print(f"the service's log is kept: {log}")
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-    return 1 if failed else 0
+    tell = partial(console.print, markup=False)
+    run = partial(_demo, options, console)
+    return carry_out("demo", run, tell, "interrupted: everything is stopped")
 
 
 def _demo(options: argparse.Namespace, console: Console, folder: Path) -> bool:
     run_name = f"demo-{os.getpid()}-{int(time.time()) % 100_000}"
-    console.print(backing.describe(), markup=False)
-    with contextlib.ExitStack() as stack:
-        started = time.monotonic()
-        broker = stack.enter_context(backing.broker(persistent=False))
-        console.print(f"broker: {broker.host}:{broker.port}; starting Cassandra …")
-        database = stack.enter_context(backing.database())
-        took = time.monotonic() - started
-        points = ",".join(database.contact_points)
-        console.print(f"Cassandra: {points} port {database.port}, after {took:.0f} s")
-        variables = environment(broker, database, name=run_name, keyspace=options.keyspace)
-        settings = load(variables)
-        service = stack.enter_context(Service(variables, folder))
-        service.migrate()
-        service.start()
-        console.print(f"service: ready, {service.address}/metrics, pid {service.pid}")
-        session = stack.enter_context(
-            driver.connected(
-                settings.cassandra,
-                keyspace=settings.cassandra.keyspace,
-                request_timeout_seconds=_READ_LIMIT_SECONDS,
-            )
-        ).session
+    tell = partial(console.print, markup=False)
+    with staged(run_name, options.keyspace, folder, tell) as (
+        broker,
+        database,
+        settings,
+        service,
+        session,
+    ):
 
         async def simulate() -> tuple[Summary, _Run]:
             # Made inside the loop that it runs on.
@@ -325,7 +293,7 @@ def _verdict(run: _Run, summary: Summary) -> bool:
 
 
 def _settle(run: _Run) -> tuple[list[Difference], int]:
-    """Compare until nothing differs or the time is up, those that differ again and again."""
+    """Wait until nothing is under way, and compare until nothing differs or the time is up."""
     deadline = time.monotonic() + _DURABLE_LIMIT_SECONDS
     before = -1
     while True:
@@ -340,17 +308,9 @@ def _settle(run: _Run) -> tuple[list[Difference], int]:
             run.console.print("the service still holds unacknowledged deliveries")
             break
         time.sleep(0.3)
-    devices = [name for name in run.expected.devices if name not in run.expected.uncertain]
-    while True:
-        found = differences(run.session, run.expected, devices)
-        bad = missing_dead_letters(run.session, run.expected)
-        # A broker that still repeats something to a service that was killed takes a moment.
-        if not (found or bad) or time.monotonic() > deadline:
-            return found, bad
-        run.service.check()
-        devices = sorted({difference.device for difference in found})
-        deadline = min(deadline, time.monotonic() + _READ_LIMIT_SECONDS)
-        time.sleep(1)
+    # A broker that still repeats something to a service that was killed takes a moment.
+    limit = min(_REPEATED_LIMIT_SECONDS, max(0.0, deadline - time.monotonic()))
+    return settle(run.session, run.expected, run.service.check, limit)
 
 
 def _keep(run: _Run, broker: backing.Broker, database: backing.Database) -> None:
@@ -438,11 +398,7 @@ def _arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.seconds <= 0:
         parser.error("--seconds must be above 0")
-    mistakes = _simulation(options, "demo").mistakes()
-    try:
-        load({"SHADOWSVC_CASSANDRA__KEYSPACE": options.keyspace})
-    except ConfigError as error:
-        mistakes += error.mistakes
+    mistakes = _simulation(options, "demo").mistakes() + keyspace_mistakes(options.keyspace)
     if mistakes:
         parser.error("; ".join(mistakes))
     return options

@@ -1,12 +1,13 @@
 """Reading everything back from Cassandra, to compare it with what must be there.
 
-Lives here: the queries and their concurrency. Rules: raw rows with their times, read with
-cassandra-driver and compared by `shadowsvc.simulate.Expected`, so that no code of the service's
-write path vouches for itself. Must not come in: what is expected.
+Lives here: the queries, their concurrency, and how often they are asked. Rules: raw rows with their
+times, read with cassandra-driver and compared by `shadowsvc.simulate.Expected`, so that no code of
+the service's write path vouches for itself. Must not come in: what is expected.
 """
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,9 @@ from cassandra.concurrent import execute_concurrent_with_args
 from shadowsvc.simulate import Difference, Expected, Row
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
-__all__ = ["differences", "missing_dead_letters", "missing_updates"]
+__all__ = ["differences", "missing_dead_letters", "missing_updates", "settle"]
 
 _CONCURRENCY = 64
 _CHUNK = 2_000
@@ -61,6 +62,30 @@ def missing_dead_letters(session: Any, expected: Expected) -> int:
         bytes(digest) for (digest,) in session.execute("SELECT payload_sha256 FROM dead_letter")
     }
     return len(expected.dead_letters - found)
+
+
+def settle(
+    session: Any, expected: Expected, check: Callable[[], None], limit_seconds: float
+) -> tuple[list[Difference], int]:
+    """Compare until nothing is missing or wrong; return what stays so, and missing dead letters.
+
+    Args:
+        session: as of `differences`.
+        expected: likewise; devices of which it is uncertain are left out.
+        check: called in between; raises when there is nothing to wait for any more.
+        limit_seconds: from the first comparison on, which is made in any case.
+    """
+    devices = [name for name in expected.devices if name not in expected.uncertain]
+    deadline: float | None = None
+    while True:
+        found = differences(session, expected, devices)
+        bad = missing_dead_letters(session, expected)
+        deadline = time.monotonic() + limit_seconds if deadline is None else deadline
+        if not (found or bad) or time.monotonic() >= deadline:
+            return found, bad
+        check()
+        devices = sorted({difference.device for difference in found})
+        time.sleep(1)
 
 
 def missing_updates(found: Iterable[Difference]) -> int:

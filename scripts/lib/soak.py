@@ -10,35 +10,29 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
-import shutil
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
-from readback import differences, missing_dead_letters
-from service import Figures, Service, ServiceError, environment
+from readback import settle
+from service import Figures, Service, ServiceError
+from staging import carry_out, keyspace_mistakes, staged
 from trend import Trend, trend_of
 
-import backing
-from shadowsvc.config import load
-from shadowsvc.errors import ConfigError, ShadowsvcError
 from shadowsvc.simulate import Difference, Expected, Options, Shape, Simulation, Summary
-from shadowsvc.store import driver
 
 if TYPE_CHECKING:
     from shadowsvc.config import Settings
 
 _SETTLE_SECONDS: Final = 120.0
-_READ_LIMIT_SECONDS: Final = 20.0
 _WARM_UP_SHARE: Final = 0.2
 _MIN_WARM_UP_SECONDS: Final = 60.0
 _SHOWN_DIFFERENCES: Final = 10
@@ -84,51 +78,22 @@ _SERIES: Final[dict[str, tuple[str, float]]] = {
 def main() -> int:
     """Run the soak; return the exit code."""
     options = _arguments()
-    folder = Path(tempfile.mkdtemp(prefix="shadowsvc-soak-"))
-    good = False
-    try:
-        good = _soak(options, folder)
-    except KeyboardInterrupt:
-        print("\ninterrupted before there was anything to tell")
-        return 130
-    except (ServiceError, backing.BackingError, ShadowsvcError) as error:
-        print(f"\nthe soak failed: {error}")
-    finally:
-        log = folder / "shadowsvc.log"
-        if not good and log.exists():
-            print(f"the service's log is kept: {log}")
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-    return 0 if good else 1
+    interrupted = "interrupted before there was anything to tell"
+    return carry_out("soak", partial(_soak, options), _say, interrupted)
 
 
 def _soak(options: argparse.Namespace, folder: Path) -> bool:
     name = f"soak-{os.getpid()}-{int(time.time()) % 100_000}"
-    print(backing.describe(), flush=True)
-    with contextlib.ExitStack() as stack:
-        broker = stack.enter_context(backing.broker(persistent=False))
-        database = stack.enter_context(backing.database())
-        variables = environment(broker, database, name=name, keyspace=options.keyspace)
-        settings = load(variables)
-        service = stack.enter_context(Service(variables, folder))
-        service.migrate()
-        service.start()
-        print(
-            f"service: {service.address}/metrics, pid {service.pid}; {options.minutes:g} minutes "
-            f"at {options.rate:g} updates/s, a sample every {options.every:g} s",
-            flush=True,
+    with staged(name, options.keyspace, folder, _say) as run:
+        _say(
+            f"{options.minutes:g} minutes at {options.rate:g} updates/s, "
+            f"a sample every {options.every:g} s"
         )
-        session = stack.enter_context(
-            driver.connected(
-                settings.cassandra,
-                keyspace=settings.cassandra.keyspace,
-                request_timeout_seconds=_READ_LIMIT_SECONDS,
-            )
-        ).session
         expected = Expected()
+        publishing = _publish(options, run.settings, run.service, expected, name)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            summary, samples = runner.run(_publish(options, settings, service, expected, name))
-        found, bad = _settle(service, session, expected)
+            summary, samples = runner.run(publishing)
+        found, bad = settle(run.session, expected, run.service.check, _SETTLE_SECONDS)
         report = _report(options, summary, samples, found, bad)
         _tell(report, found)
         if options.json is not None:
@@ -218,20 +183,6 @@ def _sample_of(figures: Figures, last: Figures, seconds: float, span: float) -> 
         durable_p50_seconds=figures.quantile(_DURABLE, 0.5, last),
         durable_p99_seconds=figures.quantile(_DURABLE, 0.99, last),
     )
-
-
-def _settle(service: Service, session: Any, expected: Expected) -> tuple[list[Difference], int]:
-    """Compare until nothing is missing or the time is up."""
-    deadline = time.monotonic() + _SETTLE_SECONDS
-    devices = [name for name in expected.devices if name not in expected.uncertain]
-    while True:
-        service.check()
-        found = differences(session, expected, devices)
-        bad = missing_dead_letters(session, expected)
-        if not (found or bad) or time.monotonic() > deadline:
-            return found, bad
-        devices = sorted({difference.device for difference in found})
-        time.sleep(1)
 
 
 # ------------------------------------------------------------------ what came of it
@@ -363,11 +314,13 @@ def _arguments() -> argparse.Namespace:
         parser.error("--minutes, --rate and --every must be above 0")
     if options.devices < 1:
         parser.error("--devices must be 1 or more")
-    try:
-        load({"SHADOWSVC_CASSANDRA__KEYSPACE": options.keyspace})
-    except ConfigError as error:
-        parser.error("; ".join(error.mistakes))
+    if mistakes := keyspace_mistakes(options.keyspace):
+        parser.error("; ".join(mistakes))
     return options
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -52,88 +52,83 @@ func statements(to []gocql.BatchEntry, u *update) []gocql.BatchEntry {
 	return to
 }
 
-// write returns when the entries are durable, or when ctx ends.
-func (w *writer) write(ctx context.Context, entries []gocql.BatchEntry) error {
+// untilDone asks again and again, until request succeeds or ctx ends.
+func untilDone(ctx context.Context, request func() error) error {
 	for {
-		batch := w.session.Batch(gocql.UnloggedBatch)
-		batch.Entries = entries
-		err := batch.ExecContext(ctx)
+		err := request()
 		if err == nil || ctx.Err() != nil {
 			return err
 		}
 		slog.Warn("write failed, will be tried again", "error", err)
 		time.Sleep(retryDelay)
 	}
+}
+
+// write returns when the entries are durable, in one request, or when ctx ends.
+func (w *writer) write(ctx context.Context, entries []gocql.BatchEntry) error {
+	return untilDone(ctx, func() error {
+		batch := w.session.Batch(gocql.UnloggedBatch)
+		batch.Entries = entries
+		return batch.ExecContext(ctx)
+	})
+}
+
+// writeEach returns when the entries are durable, in a request each, or when ctx ends.
+func (w *writer) writeEach(ctx context.Context, entries []gocql.BatchEntry) error {
+	var leaves sync.WaitGroup
+	var mutex sync.Mutex
+	var failed error
+	for _, entry := range entries {
+		leaves.Go(func() {
+			err := untilDone(ctx, func() error {
+				return w.session.Query(entry.Stmt, entry.Args...).ExecContext(ctx)
+			})
+			if err != nil {
+				mutex.Lock()
+				failed = err
+				mutex.Unlock()
+			}
+		})
+	}
+	leaves.Wait()
+	return failed
+}
+
+// each has workers take deliveries one by one, and write what makes an update durable.
+// What is written is acknowledged, and so is what is no update.
+func each(
+	ctx context.Context, in <-chan delivery, workers int,
+	write func(context.Context, []gocql.BatchEntry) error,
+) {
+	var group sync.WaitGroup
+	for range workers {
+		group.Go(func() {
+			var u update
+			var entries []gocql.BatchEntry
+			for d := range in {
+				if err := u.parse(d.packet.Topic, d.packet.Payload); err != nil {
+					slog.Warn("rejected", "error", err)
+					d.acknowledge()
+					continue
+				}
+				entries = statements(entries[:0], &u)
+				if write(ctx, entries) == nil {
+					d.acknowledge()
+				}
+			}
+		})
+	}
+	group.Wait()
 }
 
 // single writes one request an update: a batch of one partition.
 func (w *writer) single(ctx context.Context, in <-chan delivery, workers int) {
-	var group sync.WaitGroup
-	for range workers {
-		group.Go(func() {
-			var u update
-			var entries []gocql.BatchEntry
-			for d := range in {
-				if err := u.parse(d.packet.Topic, d.packet.Payload); err != nil {
-					slog.Warn("rejected", "error", err)
-					d.acknowledge()
-					continue
-				}
-				entries = statements(entries[:0], &u)
-				if w.write(ctx, entries) == nil {
-					d.acknowledge()
-				}
-			}
-		})
-	}
-	group.Wait()
+	each(ctx, in, workers, w.write)
 }
 
 // statement writes one request a leaf.
 func (w *writer) statement(ctx context.Context, in <-chan delivery, workers int) {
-	var group sync.WaitGroup
-	for range workers {
-		group.Go(func() {
-			var u update
-			var entries []gocql.BatchEntry
-			for d := range in {
-				if err := u.parse(d.packet.Topic, d.packet.Payload); err != nil {
-					slog.Warn("rejected", "error", err)
-					d.acknowledge()
-					continue
-				}
-				entries = statements(entries[:0], &u)
-				var leaves sync.WaitGroup
-				var mutex sync.Mutex
-				failed := false
-				for _, entry := range entries {
-					leaves.Go(func() {
-						if err := w.writeOne(ctx, entry); err != nil {
-							mutex.Lock()
-							failed = true
-							mutex.Unlock()
-						}
-					})
-				}
-				leaves.Wait()
-				if !failed {
-					d.acknowledge()
-				}
-			}
-		})
-	}
-	group.Wait()
-}
-
-func (w *writer) writeOne(ctx context.Context, entry gocql.BatchEntry) error {
-	for {
-		err := w.session.Query(entry.Stmt, entry.Args...).ExecContext(ctx)
-		if err == nil || ctx.Err() != nil {
-			return err
-		}
-		slog.Warn("write failed, will be tried again", "error", err)
-		time.Sleep(retryDelay)
-	}
+	each(ctx, in, workers, w.writeEach)
 }
 
 // batched writes unlogged batches of up to size updates, none waiting longer than linger.
