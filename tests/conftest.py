@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 
 import backing
+from tests.keyspaces import dropped, make_schema, migrated_keyspace
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -65,6 +66,13 @@ def broker() -> Iterator[backing.Broker]:
 
 
 @pytest.fixture
+def own_broker() -> Iterator[backing.Mosquitto]:
+    """A broker that a test stops and kills; it keeps sessions in a file, saved every second."""
+    with backing.Mosquitto(persistent=True) as broker:
+        yield broker
+
+
+@pytest.fixture
 def unique() -> str:
     """A name that nothing else in this run has: for client ids, groups, devices."""
     return f"t{uuid.uuid4().hex[:12]}"
@@ -73,20 +81,15 @@ def unique() -> str:
 @pytest.fixture
 def keyspace(cassandra: backing.Database) -> Iterator[str]:
     """The name of a keyspace that does not exist yet; dropped after the test."""
-    name = f"t{uuid.uuid4().hex[:12]}"
-    yield name
-    with cassandra.session() as session:
-        session.execute(f"DROP KEYSPACE IF EXISTS {name}", timeout=60)
+    with dropped(cassandra, f"t{uuid.uuid4().hex[:12]}") as name:
+        yield name
 
 
 @pytest.fixture(scope="session")
 def migrated(cassandra: backing.Database) -> Iterator[str]:
     """A keyspace with the schema, shared by tests that use devices of their own."""
-    name = f"s{uuid.uuid4().hex[:12]}"
-    _migrate(cassandra, name)
-    yield name
-    with cassandra.session() as session:
-        session.execute(f"DROP KEYSPACE IF EXISTS {name}", timeout=60)
+    with migrated_keyspace(cassandra) as name:
+        yield name
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +111,7 @@ def own_cassandra() -> Iterator[backing.Cassandra]:
 def own_migrated(own_cassandra: backing.Cassandra) -> str:
     """A keyspace with the schema in `own_cassandra`."""
     name = "own"
-    _migrate(own_cassandra, name)
+    make_schema(own_cassandra, name)
     return name
 
 
@@ -117,21 +120,3 @@ def cql(cassandra: backing.Database) -> Iterator[Any]:
     """A session of cassandra-driver, to read back what the service wrote."""
     with cassandra.session() as session:
         yield session
-
-
-def _migrate(database: backing.Database, keyspace: str) -> None:
-    from shadowsvc.config import Settings
-    from shadowsvc.store.migrate import migrate
-
-    settings = Settings.model_validate(
-        {
-            "cassandra": {
-                "contact_points": database.contact_points,
-                "port": database.port,
-                "local_dc": database.dc,
-                "keyspace": keyspace,
-                "replication": "1",
-            }
-        }
-    )
-    migrate(settings, lambda _: None)

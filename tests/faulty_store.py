@@ -54,6 +54,8 @@ class FaultyStore:
         self.open = asyncio.Event()
         """Cleared: requests hang."""
         self.open.set()
+        self.seconds = 0.0
+        """How long every answer takes."""
         self.error: Exception | None = None
         """Every request fails with it."""
         self.errors_left = 10**9
@@ -117,7 +119,7 @@ class FaultyStore:
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.seconds)
             await self.open.wait()
         finally:
             self.in_flight -= 1

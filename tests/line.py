@@ -112,21 +112,25 @@ class Line:
         await until(lambda: not self.ledger.held and not self.pipeline._acks_due)
 
     def check_accounts(self) -> None:
-        """Nothing is forgotten: every delivery ended as exactly one thing or is still there."""
-        ledger = self.ledger
-        waiting = sum(delivery.done for delivery in ledger._queue)
-        assert ledger.received == (
-            ledger.acknowledged
-            + ledger.stale
-            + ledger.abandoned
-            + ledger.done_without_ack
-            + ledger.held
-            + waiting
-        )
-        assert ledger.held >= 0
-        assert ledger.held_bytes >= 0
-        assert ledger.last_copies >= 0
-        assert ledger.held or not ledger.held_bytes
+        """Nothing is forgotten."""
+        check_accounts(self.ledger)
+
+
+def check_accounts(ledger: Ledger) -> None:
+    """Every delivery ended as exactly one thing or is still there."""
+    waiting = sum(delivery.done for delivery in ledger._queue)
+    assert ledger.received == (
+        ledger.acknowledged
+        + ledger.stale
+        + ledger.abandoned
+        + ledger.done_without_ack
+        + ledger.held
+        + waiting
+    )
+    assert ledger.held >= 0
+    assert ledger.held_bytes >= 0
+    assert ledger.last_copies >= 0
+    assert ledger.held or not ledger.held_bytes
 
 
 def _stamp(number: int) -> int:

@@ -95,6 +95,8 @@ class MemoryBroker:
         """The answer to every publish of a client; then nobody gets it."""
         self.silent_on: set[type] = set()
         """Packet types of the client that get no answer."""
+        self.dies_on: set[type] = set()
+        """Packet types of the client upon which its connection is lost, unread."""
         self.deaf = False
         """A half-open connection: nothing is read, nothing is answered, nothing is closed."""
         self._retained: dict[str, Message] = {}
@@ -349,6 +351,9 @@ class Link:
             except IndexError:
                 return
             self._rest = self._rest[size:]
+            if type(packet) in self.broker.dies_on:
+                self.drop()
+                return
             self._take(packet)
 
     def _take(self, packet: mqtt5.Packet) -> None:

@@ -2,9 +2,9 @@
 
 Lives here: `Rows`, what Cassandra would have; `MemoryTable`, one process's way to it, which can
 lose a request or its answer; `run`, an event loop whose clock jumps to the next timer, so that
-minutes of leases pass in milliseconds. Rules: a TTL ends by whole seconds, as in Cassandra; a
-transaction is one step; what is lost raises `StoreUnavailable`, as the real table does once its own
-read failed.
+minutes of leases pass in milliseconds, and which may be that of a busy machine. Rules: a TTL ends
+by whole seconds, as in Cassandra; a transaction is one step; what is lost raises
+`StoreUnavailable`, as the real table does once its own read failed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from shadowsvc.errors import StoreUnavailable
 from shadowsvc.store.slots import Slot
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Callable, Coroutine
     from uuid import UUID
 
@@ -152,27 +153,54 @@ class MemoryTable:
         return answer
 
 
-def run(main: Coroutine[Any, Any, Result]) -> Result:
-    """Run it on a loop whose clock jumps whenever there is nothing to do."""
-    with asyncio.Runner(loop_factory=_JumpingLoop) as runner:
+def run(main: Coroutine[Any, Any, Result], stalls: random.Random | None = None) -> Result:
+    """Run it on a loop whose clock jumps whenever there is nothing to do.
+
+    With `stalls` the loop is that of a busy machine: now and then time passes between two turns,
+    milliseconds or seconds, and what is ready is noticed late and in any order. Sockets of the
+    loopback may be used.
+    """
+    with asyncio.Runner(loop_factory=lambda: _JumpingLoop(stalls)) as runner:
         return runner.run(main)
 
 
+_STALLS = ((0.06, 0.05), (0.006, 0.5), (0.0006, 3.0))
+"""How probable, and how long at most, in seconds."""
+_LATE = 0.3
+
+
 class _JumpingSelector(selectors.DefaultSelector):
-    jumped = 0.0
+    def __init__(self, stalls: random.Random | None) -> None:
+        super().__init__()
+        self.jumped = 0.0
+        self._stalls = stalls
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         ready = super().select(0)
         if not ready and timeout is None:
             raise AssertionError("everybody waits, and for nothing")
+        if ready and self._stalls is not None:
+            return self._stall(ready, self._stalls)
         if not ready and timeout:
             self.jumped += timeout
         return ready
 
+    def _stall(
+        self, ready: list[tuple[selectors.SelectorKey, int]], draw: random.Random
+    ) -> list[tuple[selectors.SelectorKey, int]]:
+        for chance, seconds in _STALLS:
+            if draw.random() < chance:
+                self.jumped += draw.uniform(0, seconds)
+        draw.shuffle(ready)
+        if draw.random() >= _LATE:
+            return ready
+        self.jumped += 0.001
+        return [one for one in ready if draw.random() < 0.5]  # the others in a later turn
+
 
 class _JumpingLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self._jumping = _JumpingSelector()
+    def __init__(self, stalls: random.Random | None) -> None:
+        self._jumping = _JumpingSelector(stalls)
         super().__init__(self._jumping)
 
     def time(self) -> float:

@@ -33,7 +33,15 @@ if TYPE_CHECKING:
 
     import backing
 
-__all__ = ["Figures", "Page", "ServiceProcess", "run_command", "variables"]
+__all__ = [
+    "COMMAND",
+    "Figures",
+    "Page",
+    "ServiceProcess",
+    "environment",
+    "run_command",
+    "variables",
+]
 
 COMMAND = (sys.executable, "-m", "shadowsvc")
 START_SECONDS = 40.0
@@ -85,7 +93,7 @@ def run_command(
     """Run a `shadowsvc` command to its end."""
     return subprocess.run(
         [*COMMAND, *arguments],
-        env=_environment(settings),
+        env=environment(settings),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -94,7 +102,8 @@ def run_command(
     )
 
 
-def _environment(settings: Mapping[str, str]) -> dict[str, str]:
+def environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of a process with these settings, and no other settings of ours."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SHADOWSVC_")}
     # The tests may run from a source tree that is not installed.
     return {**kept, "PYTHONPATH": str(Path(shadowsvc.__file__).parents[1]), **settings}
@@ -140,7 +149,7 @@ class ServiceProcess:
         self.log_path = log_path
         self.port = 0
         self._server = ServerProcess(
-            "shadowsvc", [*COMMAND, "run"], log_path=log_path, env=_environment(settings)
+            "shadowsvc", [*COMMAND, "run"], log_path=log_path, env=environment(settings)
         )
         self._popen: Popen[bytes] | None = None
         self._lives: list[int] = []

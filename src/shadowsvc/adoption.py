@@ -14,7 +14,8 @@ Rules:
    time. What it fetches goes through a pipeline of its own: ledgers belong to one connection.
 2. Free means seen free again and again by this process's own monotonic clock; time for which it did
    not look counts for nothing. Each process waits a little longer by its own draw, so that not all
-   run for the same slot.
+   run for the same slot. For what its own earlier life held nobody comes back: that is due as soon
+   as its lease has ended.
 3. The lease is renewed while the adoption lasts. Refused, or not renewed within its time: the
    connection is left at once, with the session kept. Nobody is fought.
 4. A new adoption begins only when nothing of the last one is held any more.
@@ -68,6 +69,7 @@ _SPREAD = 0.25
 _MAX_RETRY_SECONDS = 600.0
 _MAX_DOUBLINGS = 10
 _POLL_SECONDS = 0.1
+_GONE: Final = object()
 _TTL_GRAIN_SECONDS = 1.0
 """Cassandra counts a TTL in whole seconds: it may end this much early."""
 _LEAVE_SECONDS = 3.0
@@ -112,7 +114,12 @@ class Orphans:
         self._since: dict[str, float] = {}
         self._due: dict[str, float] = {}
         self._failures: Counter[str] = Counter()
+        self._hastened: frozenset[str] = frozenset()
         self._looked: float | None = None
+
+    def hasten(self, names: Iterable[str]) -> None:
+        """Let these, and no others, be due as soon as they are free: nobody comes back for them."""
+        self._hastened = frozenset(names)
 
     def look(self, free: Iterable[str], now: float) -> None:
         """Note which slots are free now; call it every `renew_seconds` or so."""
@@ -127,7 +134,7 @@ class Orphans:
         for name in names:
             if name not in self._since:
                 self._since[name] = now
-                wait = self._terms.orphan_after_seconds
+                wait = 0.0 if name in self._hastened else self._terms.orphan_after_seconds
                 self._due[name] = now + self._jitter(wait, wait * (1 + _SPREAD))
 
     def count(self, now: float) -> int:
@@ -171,6 +178,7 @@ class Adopter:
         own_slot: Callable[[], str | None],
         may_adopt: Callable[[], bool],
         must_leave: Callable[[], bool],
+        former: dict[str, UUID] | None = None,
         now: Callable[[], float] = time.monotonic,
         jitter: Callable[[float, float], float] = random.uniform,
     ) -> None:
@@ -186,6 +194,8 @@ class Adopter:
             own_slot: the client id of this process.
             may_adopt: whether this process has joined the share and can write.
             must_leave: whether the broker has to be left now.
+            former: slots that an earlier life of this process held, with its tokens; what is found
+                to be another's is taken out.
             now: the clock, in seconds.
             jitter: draws between two times.
         """
@@ -201,6 +211,7 @@ class Adopter:
         self._own_slot = own_slot
         self._may_adopt = may_adopt
         self._must_leave = must_leave
+        self._former = {} if former is None else former
         self._now = now
         self._jitter = jitter
         self._taker = _Taker(pipeline, metrics)
@@ -245,6 +256,8 @@ class Adopter:
         free = {slot.name for slot in slots if slot.token is None and slot.name != own}
         if self.adopting is not None:
             free.add(self.adopting)
+        if self._former:
+            self._check_former(slots)
         self.orphans.look(free, now)
         self._metrics.orphaned_slots = self.orphans.count(now)
         busy = self._task is not None and not self._task.done()
@@ -254,6 +267,14 @@ class Adopter:
         if name is not None:
             self._task = asyncio.create_task(self._adopt(name), name="adoption")
             self._task.add_done_callback(_report_defect)
+
+    def _check_former(self, slots: Sequence[Slot]) -> None:
+        """Keep of what an earlier life held what nobody else has taken since."""
+        tokens = {slot.name: slot.token for slot in slots}
+        for name, token in list(self._former.items()):
+            if name != self.adopting and tokens.get(name, _GONE) not in (None, token):
+                del self._former[name]
+        self.orphans.hasten(self._former)
 
     async def _adopt(self, name: str) -> None:
         """Take the lease of a slot, empty its session, delete it; or give it back."""

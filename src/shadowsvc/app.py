@@ -1,10 +1,10 @@
 """The composition root of `shadowsvc run`: build, supervise, stop.
 
-Lives here: which object gets which, the tasks that watch over dependencies, signals, and the way
-down. Rules: the process stays up whatever a dependency does; the broker is joined only once
-Cassandra is usable, so that a service that can't write takes no share of the traffic; the first
-SIGTERM or SIGINT drains within `SHADOWSVC_LIMITS__DRAIN_TIMEOUT_SECONDS` and exits 0, the second
-ends at once. Must not come in: decisions about single updates.
+Lives here: which object gets which, the tasks that watch over dependencies, and the way down.
+Rules: the process stays up whatever a dependency does; the broker is joined only once Cassandra is
+usable, so that a service that can't write takes no share of the traffic; the first SIGTERM or
+SIGINT (`process`) drains within `SHADOWSVC_LIMITS__DRAIN_TIMEOUT_SECONDS` and exits 0. Must not
+come in: decisions about single updates.
 """
 
 from __future__ import annotations
@@ -14,23 +14,20 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import os
 import random
-import signal
 import time
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-import orjson
 import structlog
-import uvloop
 from pydantic import SecretStr
 
-from shadowsvc import __version__, http, logs, pause_page
+from shadowsvc import __version__, http, logs, pause_page, process
 from shadowsvc.adoption import Adopter, Terms
 from shadowsvc.backoff import wait_seconds
+from shadowsvc.config import adopted_receive_maximum
 from shadowsvc.decoding import decoder_limits, max_age_us
-from shadowsvc.errors import ConfigError, SchemaBehind, SchemaConflict, ShadowsvcError, StoreError
+from shadowsvc.errors import SchemaBehind, SchemaConflict, ShadowsvcError, StoreError
 from shadowsvc.health import MAX_CLOCK_OFFSET_SECONDS, Health
 from shadowsvc.isolation import REASON as ISOLATED
 from shadowsvc.isolation import IsolationWatch
@@ -40,12 +37,13 @@ from shadowsvc.metrics import Exposition, Metrics
 from shadowsvc.mqtt.adoption import Adoption, Patience, publish_marker
 from shadowsvc.mqtt.connection import Connection, Endpoint
 from shadowsvc.mqtt.session import SessionOptions
+from shadowsvc.owners import owner_name
 from shadowsvc.pause import Pause
 from shadowsvc.pipeline import Options, Pipeline
 from shadowsvc.rotation import Rotation
 from shadowsvc.shadow.document import Decoder
 from shadowsvc.shadow.topic import TopicParser
-from shadowsvc.slots import SlotKeeper, owner_name
+from shadowsvc.slots import SlotKeeper
 from shadowsvc.store import driver
 from shadowsvc.store.batch import Batcher
 from shadowsvc.store.cassandra import CassandraStore
@@ -74,36 +72,14 @@ _LAG_SECONDS = 0.5
 _CLOSE_SECONDS = 1.0
 _FREE_SLOT_SECONDS = 2.0
 _ADOPTED_WRITERS = 4
-_ADOPTED_RECEIVE_MAXIMUM = 200
-_JSON = "application/json"
-_TEXT = "text/plain; charset=utf-8"
 
 
 def run(settings: Settings) -> int:
     """Run the service until a signal; return the exit code."""
-    try:
-        return uvloop.run(_main(settings))
-    except ConfigError as error:
-        _log.error("bad configuration", mistakes=error.mistakes)
-        return 2
-    finally:
-        logs.shutdown()
+    return process.run(functools.partial(_main, settings))
 
 
-async def _main(settings: Settings) -> int:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def on_signal(number: signal.Signals) -> None:
-        if stop.is_set():
-            _log.warning("stopping at once", signal=number.name)
-            logs.shutdown(timeout_seconds=0.5)
-            os._exit(128 + number)
-        _log.info("stopping", signal=number.name)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+async def _main(settings: Settings, stop: asyncio.Event) -> None:
     service = Service(settings)
     await service.start()
     tame_garbage_collector()
@@ -111,7 +87,6 @@ async def _main(settings: Settings) -> int:
         await service.supervise(stop)
     finally:
         await service.stop()
-    return 0
 
 
 def tame_garbage_collector() -> None:
@@ -175,19 +150,25 @@ class Service:
             others_left=lambda: self.adopter is None or self.adopter.adopting is None,
         )
         self.health.pause = self.pause.describe
+        self.health.broker_error = lambda: self.connection.last_error
+        self.health.broker_credentials = functools.partial(self.rotation.fault, "broker")
+        self.health.store_credentials = lambda: (
+            self.rotation.fault("cassandra") or self.store_login.error
+        )
         self.slot_table = SlotTable(settings)
         self.slot_keeper: SlotKeeper | None = None
         if not settings.mqtt.client_id:
-            self.slot_keeper = SlotKeeper(
+            keeper = self.slot_keeper = SlotKeeper(
                 self.slot_table,
                 settings.slots,
                 settings.mqtt.share_group,
                 takes=self.metrics.slot_takes,
                 losses=self.metrics.slot_losses,
             )
-            self.slot_keeper.lost = functools.partial(self.connection.reconnect, "slot_lost")
+            keeper.lost = functools.partial(self.connection.reconnect, "slot_lost")
             self.connection.identify = self._identify
-            self.metrics.slot = self.slot_keeper
+            self.metrics.slot = keeper
+            self.health.slot_wait = lambda: keeper.waiting
         self.isolation = IsolationWatch(
             settings.limits.isolate_after_seconds,
             self.pipeline,
@@ -197,8 +178,6 @@ class Service:
             come_back=functools.partial(self.connection.come_back, ISOLATED),
         )
         self.health.isolation = lambda: self.isolation.detail
-        if self.slot_keeper is not None:
-            self.health.slot_wait = functools.partial(getattr, self.slot_keeper, "waiting")
         self.adopter = None if self.slot_keeper is None else self._make_adopter(self.slot_keeper)
         adopted = [] if self.adopter is None else [self.adopter.pipeline]
         self.health.adopted = adopted[0] if adopted else None
@@ -322,7 +301,7 @@ class Service:
             _options(settings)._replace(
                 min_concurrency=min(settings.cassandra.min_concurrency, _ADOPTED_WRITERS),
                 concurrency=min(settings.cassandra.concurrency, _ADOPTED_WRITERS),
-                receive_maximum=min(mqtt.receive_maximum, _ADOPTED_RECEIVE_MAXIMUM),
+                receive_maximum=adopted_receive_maximum(settings),
             ),
             self.decoder,
             _batcher(settings),
@@ -339,15 +318,13 @@ class Service:
 
         def attempt(name: str, emptier: Emptier) -> Adoption:
             options = self.connection.options  # with the login that counts now
-            password = None if options.password is None else SecretStr(options.password.decode())
-            login = {"username": options.username, "password": password}
             return Adoption(
                 self.connection.endpoint,
                 dataclasses.replace(options, client_id=name),
                 options.filters,
                 f"{slots.marker_topic}/{name}",
                 emptier,
-                functools.partial(publish_marker, mqtt.model_copy(update=login)),
+                functools.partial(publish_marker, self._mqtt_with_login()),
                 patience,
             )
 
@@ -361,6 +338,7 @@ class Service:
             own_slot=lambda: keeper.client_id,
             may_adopt=lambda: self.pipeline.subscribed and self.health.can_write,
             must_leave=lambda: self.health.away,
+            former=keeper.former,
         )
 
     async def _identify(self) -> str:
@@ -490,9 +468,7 @@ class Service:
                 self._note_store(None)
 
     async def _check_clock(self) -> None:
-        before = time.time()
-        server_us = await self.store.server_time_us()
-        offset = (before + time.time()) / 2 - server_us / 1e6
+        offset = await self.store.clock_offset_seconds()
         self.health.clock_offset_seconds = self.metrics.clock_offset_seconds = offset
         trusted = abs(offset) <= MAX_CLOCK_OFFSET_SECONDS
         if trusted != self.decoder.clock_trusted:
@@ -527,22 +503,16 @@ class Service:
 
     def _livez(self, _request: http.Request) -> http.Response:
         live, why = self.health.live()
-        return http.Response(200 if live else 503, _TEXT, f"{why}\n".encode())
+        return http.Response.text(200 if live else 503, why)
 
     def _startupz(self, _request: http.Request) -> http.Response:
         started = self.health.started
-        return http.Response(200 if started else 503, _TEXT, b"ok\n" if started else b"starting\n")
+        return http.Response.text(200 if started else 503, "ok" if started else "starting")
 
     def _readyz(self, _request: http.Request) -> http.Response:
-        self.health.broker_error = self.connection.last_error
-        self.health.broker_credentials = self.rotation.fault("broker")
-        self.health.store_credentials = self.rotation.fault("cassandra") or self.store_login.error
         reasons = self.health.reasons()
-        body = orjson.dumps(
-            {"ready": not reasons, "reasons": reasons},
-            option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE,
-        )
-        return http.Response(503 if reasons else 200, _JSON, body)
+        fields = {"ready": not reasons, "reasons": reasons}
+        return http.Response.json(503 if reasons else 200, fields, indent=True)
 
     def _metrics_page(self, request: http.Request) -> http.Response:
         self.metrics.pause_left_seconds = self.pause.status.left_seconds

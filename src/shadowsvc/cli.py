@@ -11,32 +11,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
 import time
 from enum import StrEnum
 from pathlib import Path  # noqa: TC003 - typer reads the annotations at run time
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from shadowsvc import letters_cli
+from shadowsvc.commands import FAILURE, INTERRUPTED, USAGE, help_text, register, tool_settings
 from shadowsvc.errors import ConfigError, ShadowsvcError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from shadowsvc.config import Loaded, Needs, Settings
+    from shadowsvc.config import Loaded, Needs
     from shadowsvc.store.slots import Slot
 
 __all__ = ["app", "main"]
-
-Command = TypeVar("Command", bound="Callable[..., None]")
-
-_FAILURE = 1
-_BAD_CONFIGURATION = 2
-_INTERRUPTED = 130
 
 _on_terminal = sys.stdout.isatty()
 
@@ -52,20 +46,7 @@ app = typer.Typer(
 )
 
 
-def _help(doc: str | None, title: str, *lines: str) -> str:
-    """Return a command's help: its docstring, one line a paragraph, and lines kept as they are."""
-    paragraphs = [" ".join(part.split()) for part in (doc or "").split("\n\n")]
-    kept = "\n".join(["\b", title, *(f"  {line}" for line in lines)])  # "\b": click's mark
-    return "\n\n".join([*paragraphs, kept])
-
-
-def _command(*examples: str, name: str | None = None) -> Callable[[Command], Command]:
-    def register(command: Command) -> Command:
-        text = _help(command.__doc__, "Examples:", *examples)
-        short = text.partition("\n")[0]
-        return app.command(name, help=text, short_help=short)(command)
-
-    return register
+_command = functools.partial(register, app)
 
 
 class Probe(StrEnum):
@@ -110,7 +91,7 @@ def _globals(
 
 
 app.callback(
-    help=_help(
+    help=help_text(
         _globals.__doc__,
         "First steps:",
         "export SHADOWSVC_MQTT__URL=mqtt://broker:1883",
@@ -162,8 +143,7 @@ def migrate(context: typer.Context) -> None:
     Needs SHADOWSVC_CASSANDRA__CONTACT_POINTS, and SHADOWSVC_CASSANDRA__LOCAL_DC in a cluster of
     several data centres; SHADOWSVC_CASSANDRA__REPLICATION counts when the keyspace is created.
     """
-    settings = _load(context).settings
-    _tool_logs(settings)
+    settings = tool_settings(context)
     from shadowsvc.store import migrate as schema  # noqa: PLC0415 - on demand
 
     report = schema.migrate(settings, lambda line: typer.echo(line, err=True))
@@ -194,15 +174,14 @@ def get(
     Needs SHADOWSVC_CASSANDRA__CONTACT_POINTS, and SHADOWSVC_CASSANDRA__LOCAL_DC in a cluster of
     several data centres.
     """
-    settings = _load(context).settings
-    _tool_logs(settings)
+    settings = tool_settings(context)
     from shadowsvc.store.reader import read_shadow  # noqa: PLC0415 - on demand
     from shadowsvc.tree import printable, render  # noqa: PLC0415 - on demand
 
     found = read_shadow(settings, device, shadow)
     if found is None:
         _complain(f"shadowsvc: nothing is known of a device {printable(device)}")
-        raise typer.Exit(_FAILURE)
+        raise typer.Exit(FAILURE)
     if as_json:
         from shadowsvc.shadow.view import document  # noqa: PLC0415 - on demand
 
@@ -213,7 +192,7 @@ def get(
         from rich.console import Console  # noqa: PLC0415 - on demand
 
         render(found, time.time(), Console())
-    raise typer.Exit(0 if found.rows else _FAILURE)
+    raise typer.Exit(0 if found.rows else FAILURE)
 
 
 @_command(
@@ -231,6 +210,7 @@ def check_config(context: typer.Context) -> None:
     Needs what `run` needs: SHADOWSVC_CASSANDRA__LOCAL_DC.
     """
     from shadowsvc.config import (  # noqa: PLC0415 - on demand
+        adopted_receive_maximum,
         advice,
         describe,
         require_for_run,
@@ -245,6 +225,9 @@ def check_config(context: typer.Context) -> None:
         f"{settings.shadow.max_payload_bytes} bytes, a dead letter 65536), "
         f"{settings.limits.max_held_bytes / 1024**2:.1f} MiB in all."
     )
+    if adopted := adopted_receive_maximum(settings):
+        more = worst_case_held_bytes(settings, adopted)
+        held += f" An adoption holds {more / 1024**2:.1f} MiB more ({adopted} messages)."
     if sys.stdout.isatty():
         from rich.console import Console  # noqa: PLC0415 - on demand
         from rich.table import Column, Table  # noqa: PLC0415 - on demand
@@ -353,7 +336,7 @@ def probe(
 
     answer = probing.ask(url or probing.url_of(what.value, config_file=context.obj))
     typer.echo(what.value if answer.ok else answer.text)
-    raise typer.Exit(0 if answer.ok else _FAILURE)
+    raise typer.Exit(0 if answer.ok else FAILURE)
 
 
 @_command(
@@ -377,8 +360,7 @@ def slots(
     import asyncio  # noqa: PLC0415 - on demand
     from datetime import UTC, datetime  # noqa: PLC0415 - on demand
 
-    settings = _load(context).settings
-    _tool_logs(settings)
+    settings = tool_settings(context)
     from shadowsvc import slots_view as view  # noqa: PLC0415 - on demand
     from shadowsvc.store.slots import SlotTable  # noqa: PLC0415 - on demand
 
@@ -505,12 +487,12 @@ def main() -> NoReturn:
     except ConfigError as error:
         for line in error.mistakes:
             _complain(line)
-        code = _BAD_CONFIGURATION
+        code = USAGE
     except ShadowsvcError as error:
         _complain(f"shadowsvc: {error}")
-        code = _FAILURE
+        code = FAILURE
     except KeyboardInterrupt:
-        code = _INTERRUPTED
+        code = INTERRUPTED
     sys.exit(code)
 
 
@@ -518,14 +500,6 @@ def _load(context: typer.Context, needs: Needs | None = None) -> Loaded:
     from shadowsvc.config import load_with_origins  # noqa: PLC0415 - on demand
 
     return load_with_origins(config_file=context.obj, needs=needs)
-
-
-def _tool_logs(settings: Settings) -> None:
-    """Show what drivers log only on demand: a command tells its one error itself."""
-    if settings.log.level == "DEBUG":
-        from shadowsvc import logs  # noqa: PLC0415 - on demand
-
-        logs.configure(settings.log.level, settings.log.format)
 
 
 def _complain(line: str) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import SecretStr, ValidationError
 
 from shadowsvc.config_rules import (
+    adopted_receive_maximum,
     advice,
     broken_rules,
     reason,
@@ -67,6 +68,7 @@ __all__ = [
     "Settings",
     "Shadow",
     "Slots",
+    "adopted_receive_maximum",
     "advice",
     "describe",
     "load",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEAD_LETTER_PAYLOAD_BYTES",
     "Broken",
+    "adopted_receive_maximum",
     "advice",
     "broken_rules",
     "require_for_run",
@@ -30,6 +31,7 @@ __all__ = [
 DEAD_LETTER_PAYLOAD_BYTES = 65_536
 """What a dead letter keeps of a payload."""
 
+_ADOPTED_RECEIVE_MAXIMUM = 200
 _MIN_CANARIES = 2
 _MAX_CANARIES = 100
 _PACKET_OVERHEAD_BYTES = 66_000  # the longest topic (65,535 bytes), the header and some properties
@@ -191,14 +193,24 @@ def require_for_run(settings: Settings) -> list[str]:
     return missing
 
 
-def worst_case_held_bytes(settings: Settings) -> int:
-    """Return the payload bytes that QoS 1 alone can hold: Receive Maximum full of the largest.
+def adopted_receive_maximum(settings: Settings) -> int:
+    """Return how many messages of an adopted session are held at a time.
+
+    0 with a client id of our own: who leases no slot adopts none.
+    """
+    if settings.mqtt.client_id:
+        return 0
+    return min(settings.mqtt.receive_maximum, _ADOPTED_RECEIVE_MAXIMUM)
+
+
+def worst_case_held_bytes(settings: Settings, messages: int | None = None) -> int:
+    """Return the payload bytes of so many of the largest messages; None: of the Receive Maximum.
 
     A message becomes an update of at most `shadow.max_payload_bytes` or a dead letter, which
     keeps at most 64 KiB.
     """
     largest = max(settings.shadow.max_payload_bytes, DEAD_LETTER_PAYLOAD_BYTES)
-    return settings.mqtt.receive_maximum * largest
+    return (settings.mqtt.receive_maximum if messages is None else messages) * largest
 
 
 def advice(settings: Settings) -> list[str]:

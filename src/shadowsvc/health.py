@@ -48,10 +48,11 @@ class Health:
         self.store_error: str | None = None
         self.schema_error: str | None = None
         self.clock_offset_seconds = 0.0
-        self.broker_error: str | None = None
-        self.broker_credentials: str | None = None
+        self.broker_error: Callable[[], str | None] = lambda: None
+        """What ended the last connection to the broker, or kept it from being made."""
+        self.broker_credentials: Callable[[], str | None] = lambda: None
         """Why changed certificates or passwords are not in use."""
-        self.store_credentials: str | None = None
+        self.store_credentials: Callable[[], str | None] = lambda: None
         """Likewise, for Cassandra."""
         self.slot_wait: Callable[[], str | None] = lambda: None
         """Why there is no slot to connect by, while one is waited for."""
@@ -110,20 +111,15 @@ class Health:
         if pipeline is None:
             return [_reason("starting")]
         reasons = []
+        error = self.store_error or pipeline.failing
         if self.schema_error is not None:
             reasons.append(_reason("schema_behind", self.schema_error))
-        elif not self.store_connected or self.store_error is not None:
-            reasons.append(
-                _reason("cassandra_unavailable", _both(self.store_error, self.store_credentials))
-            )
-        elif pipeline.failing is not None:
-            reasons.append(
-                _reason("cassandra_unavailable", _both(pipeline.failing, self.store_credentials))
-            )
+        elif error is not None or not self.store_connected:
+            reasons.append(_reason("cassandra_unavailable", _both(error, self.store_credentials())))
         paused = self.pause()
         if not pipeline.subscribed and paused is None:
             reasons.append(
-                _reason("not_subscribed", _both(self.broker_error, self.broker_credentials))
+                _reason("not_subscribed", _both(self.broker_error(), self.broker_credentials()))
             )
         if (why_none := self.slot_wait()) is not None:
             reasons.append(_reason("no_slot", why_none))

@@ -26,17 +26,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import NoReturn
+from typing import NoReturn, Self
 from urllib.parse import unquote, urlsplit
 
 import h11
+import orjson
 import structlog
 
 from shadowsvc.errors import ConfigError
 
 __all__ = ["Handler", "Limits", "Request", "Response", "Route", "Server", "serve"]
 
-_TEXT = "text/plain; charset=utf-8"
 _log = structlog.get_logger(__name__)
 
 
@@ -68,6 +68,17 @@ class Response:
     body: bytes
     headers: Mapping[str, str] = field(default_factory=dict)
     """Further headers."""
+
+    @classmethod
+    def text(cls, status: int, line: str, **headers: str) -> Self:
+        """Answer with one line for people."""
+        return cls(status, "text/plain; charset=utf-8", f"{line}\n".encode(), headers)
+
+    @classmethod
+    def json(cls, status: int, fields: object, *, indent: bool = False) -> Self:
+        """Answer with JSON; indented where people read it."""
+        option = orjson.OPT_APPEND_NEWLINE | (orjson.OPT_INDENT_2 if indent else 0)
+        return cls(status, "application/json", orjson.dumps(fields, option=option))
 
 
 Handler = Callable[[Request], Response]
@@ -320,7 +331,7 @@ def _has_body(event: h11.Request) -> bool:
 
 
 def _plain(status: HTTPStatus, text: str, **headers: str) -> Response:
-    return Response(status, _TEXT, f"{status} {status.phrase}: {text}\n".encode(), headers)
+    return Response.text(status, f"{status} {status.phrase}: {text}", **headers)
 
 
 def _refuse(host: str, port: int, error: Exception) -> NoReturn:

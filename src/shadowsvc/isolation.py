@@ -116,11 +116,6 @@ class IsolationWatch:
             f"{self._now() - since:.0f} s ago"
         )
 
-    @property
-    def isolated(self) -> bool:
-        """Whether we are isolated."""
-        return self._isolation.since is not None
-
     async def run(self) -> None:
         """Watch for ever."""
         isolation = self._isolation

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from shadowsvc.shadow.update import Update
     from shadowsvc.store.batch import Batch
     from shadowsvc.store.deadletter import DeadLetter
 
@@ -73,11 +74,9 @@ class Job:
         batch = self.batch
         if batch is None:
             return not self.delivery.done
-        for device, updates in list(batch.devices.items()):
-            kept = [update for update in updates if not update.token.done]  # type: ignore[attr-defined]
-            if len(kept) < len(updates):
-                if kept:
-                    batch.devices[device] = kept
-                else:
-                    del batch.devices[device]
+        batch.drop(_is_done)
         return bool(batch.devices)
+
+
+def _is_done(update: Update) -> bool:
+    return update.token.done  # type: ignore[attr-defined,no-any-return]  # set by the pipeline

@@ -87,6 +87,10 @@ class Lanes(Generic[AnyJob]):
             return True
         return self._running.get(lane, 0) < max(1, limit - limit // 4)
 
+    def is_full(self, lane: int, limit: int) -> bool:
+        """Whether a lane that is in no doubt has all the places that it may have."""
+        return lane not in self._failures and not self.has_room(lane, limit)
+
     def begin(self, job: AnyJob) -> None:
         """Count a job as running."""
         lane = job.lane

@@ -8,14 +8,17 @@ not come in: how rows are read (`shadowsvc.store.letters`), what a letter is goo
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import time
 import uuid
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from shadowsvc.commands import FAILURE, INTERRUPTED, USAGE, register, tool_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,12 +27,6 @@ if TYPE_CHECKING:
     from shadowsvc.store.letters import Entry, LetterTable, Selection, Span
 
 __all__ = ["app"]
-
-Command = TypeVar("Command", bound="Callable[..., None]")
-
-_FAILURE = 1
-_USAGE = 2
-_INTERRUPTED = 130
 
 _SECOND_MS = 1_000
 _UNITS_SECONDS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
@@ -51,6 +48,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich" if sys.stdout.isatty() else None,
 )
+_command = functools.partial(register, app)
 
 Ids = Annotated[
     list[str] | None,
@@ -71,24 +69,12 @@ Until = Annotated[str | None, typer.Option("--until", metavar="TIME", help="Rece
 Json = Annotated[bool, typer.Option("--json", help="JSON, one object a line.")]
 
 
-def _command(*examples: str) -> Callable[[Command], Command]:
-    def register(command: Command) -> Command:
-        doc = command.__doc__ or ""
-        paragraphs = [" ".join(part.split()) for part in doc.split("\n\n")]
-        # "\b" is click's mark for lines that are kept as they are.
-        kept = "\n".join(["\b", "Examples:", *(f"  {line}" for line in examples)])
-        text = "\n\n".join([*paragraphs, kept])
-        name = command.__name__.rstrip("_")
-        return app.command(name, help=text, short_help=paragraphs[0])(command)
-
-    return register
-
-
 @_command(
     "shadowsvc dead-letters list --since 2h",
     "shadowsvc dead-letters list --reason not_json --device lamp-7",
     "shadowsvc dead-letters list --summary",
     "shadowsvc dead-letters list --limit 0 --json | jq -r .device | sort | uniq -c",
+    name="list",
 )
 def list_(
     context: typer.Context,
@@ -109,7 +95,7 @@ def list_(
     Needs SHADOWSVC_CASSANDRA__CONTACT_POINTS, and SHADOWSVC_CASSANDRA__LOCAL_DC in a cluster of
     several data centres.
     """
-    settings = _settings(context)
+    settings = tool_settings(context)
     selection = _selection(settings, (), reason, device, since, until)
     from shadowsvc import letters_view as view  # noqa: PLC0415 - on demand
     from shadowsvc.store import letters  # noqa: PLC0415 - on demand
@@ -155,11 +141,11 @@ def show(
     Needs SHADOWSVC_CASSANDRA__CONTACT_POINTS, and SHADOWSVC_CASSANDRA__LOCAL_DC in a cluster of
     several data centres.
     """
-    settings = _settings(context)
+    settings = tool_settings(context)
     selection = _selection(settings, [letter_id], None, None, since, until)
     if raw and sys.stdout.isatty():
         _tell("--raw writes whatever a device sent: redirect it to a file or a pipe")
-        raise typer.Exit(_USAGE)
+        raise typer.Exit(USAGE)
     from shadowsvc import letters_view as view  # noqa: PLC0415 - on demand
     from shadowsvc.store import letters  # noqa: PLC0415 - on demand
 
@@ -169,7 +155,7 @@ def show(
         found = None if entry is None else table.read([entry])[0]
     if found is None:
         _tell(f"there is no dead letter {selection.ids[0]} in this time")
-        raise typer.Exit(_FAILURE)
+        raise typer.Exit(FAILURE)
     if raw:
         sys.stdout.buffer.write(found.payload)
     else:
@@ -219,7 +205,7 @@ def replay(
     SHADOWSVC_CASSANDRA__CONTACT_POINTS, and SHADOWSVC_CASSANDRA__LOCAL_DC in a cluster of several
     data centres.
     """
-    settings = _settings(context)
+    settings = tool_settings(context)
     selection = _selection(settings, ids, reason, device, since, until)
     from shadowsvc import logs  # noqa: PLC0415 - on demand
 
@@ -271,8 +257,8 @@ def replay(
     if done.error is not None:
         _tell(f"{done.error}; what is told above is done, and repeating all of it is safe")
     if done.interrupted:
-        raise typer.Exit(_INTERRUPTED)
-    raise typer.Exit(0 if done.complete and missing <= 0 else _FAILURE)
+        raise typer.Exit(INTERRUPTED)
+    raise typer.Exit(0 if done.complete and missing <= 0 else FAILURE)
 
 
 @_command(
@@ -300,12 +286,12 @@ def purge(
     Needs SHADOWSVC_CASSANDRA__CONTACT_POINTS, and SHADOWSVC_CASSANDRA__LOCAL_DC in a cluster of
     several data centres.
     """
-    settings = _settings(context)
+    settings = tool_settings(context)
     # Nothing that came after the count may go.
     selection = _selection(settings, ids, reason, device, since, until, ahead_ms=0)
     if not yes and not sys.stdin.isatty():
         _tell("purge deletes: give --yes, or run it on a terminal")
-        raise typer.Exit(_USAGE)
+        raise typer.Exit(USAGE)
     from shadowsvc import letters_view as view  # noqa: PLC0415 - on demand
     from shadowsvc.store import letters  # noqa: PLC0415 - on demand
 
@@ -316,7 +302,7 @@ def purge(
         if not counts.total:
             return
         if not yes and not typer.confirm(f"Delete {counts.total} dead letters?", err=True):
-            raise typer.Exit(_FAILURE)
+            raise typer.Exit(FAILURE)
         gone = 0
         try:
             with view.progress("deleting") as (on_hour, tell):
@@ -419,17 +405,6 @@ def _id(text: str) -> uuid.UUID:
         raise typer.BadParameter(
             f"{text!r} is no ID as `list` shows them", param_hint="ID"
         ) from None
-
-
-def _settings(context: typer.Context) -> Settings:
-    from shadowsvc.config import load_with_origins  # noqa: PLC0415 - on demand
-
-    settings = load_with_origins(config_file=context.obj).settings
-    if settings.log.level == "DEBUG":
-        from shadowsvc import logs  # noqa: PLC0415 - on demand
-
-        logs.configure(settings.log.level, settings.log.format)
-    return settings
 
 
 def _tell(line: str) -> None:

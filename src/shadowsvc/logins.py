@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
+from shadowsvc.backoff import login_wait_seconds
 from shadowsvc.errors import StoreError
 
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ class LoginPace:
     def refused(self) -> float:
         """Count a refusal; return how long to wait, in seconds."""
         self._refusals += 1
-        doubled: float = self._minimum * 2 ** min(self._refusals, 16)
-        return self._draw(self._minimum, min(self._maximum, doubled))
+        return login_wait_seconds(self._refusals, self._minimum, self._maximum, self._draw)
 
     def accepted(self) -> None:
         """Forget what was refused."""

@@ -8,22 +8,14 @@ in: alerts, health.
 
 from __future__ import annotations
 
-import platform
 from bisect import bisect_left
 from collections import Counter
 from typing import TYPE_CHECKING, Protocol
 
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    InfoMetricFamily,
-)
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.utils import floatToGoString
 
-from shadowsvc import __version__
+from shadowsvc.families import Families, Page
 from shadowsvc.slots import SlotState
 
 if TYPE_CHECKING:
@@ -35,6 +27,10 @@ if TYPE_CHECKING:
     from shadowsvc.totals import Ledgers
 
 __all__ = ["Exposition", "Histogram", "Metrics"]
+
+_FAMILIES = Families("shadowsvc_")
+_counter, _counters = _FAMILIES.counter, _FAMILIES.counters
+_gauge, _gauges = _FAMILIES.gauge, _FAMILIES.gauges
 
 _SECONDS = (
     0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.069, 0.1, 0.25, 0.5, 1.0, 2.5,
@@ -170,8 +166,8 @@ class _Flights(Protocol):
         """How many requests may be at the driver."""
 
 
-class Exposition:
-    """Renders everything for a scraper; register it once with what it reads."""
+class Exposition(Page):
+    """Renders everything for a scraper; made once with what it reads."""
 
     def __init__(  # the sources of every figure
         self,
@@ -185,6 +181,7 @@ class Exposition:
         log_lines_dropped: Callable[[], int],
         not_ready: Callable[[], Mapping[str, bool]] = dict,
     ) -> None:
+        super().__init__()
         self._metrics = metrics
         self._ledger = ledger
         self._flights = flights
@@ -193,16 +190,6 @@ class Exposition:
         self._without_device_time = without_device_time
         self._log_lines_dropped = log_lines_dropped
         self._not_ready = not_ready
-        self.registry = CollectorRegistry(auto_describe=False)
-        ProcessCollector(registry=self.registry)
-        PlatformCollector(registry=self.registry)
-        GCCollector(registry=self.registry)
-        self.registry.register(self)
-
-    def render(self, accept: str) -> tuple[str, bytes]:
-        """Return content type and body for an Accept header (Prometheus text or OpenMetrics)."""
-        encode, content_type = choose_encoder(accept)
-        return content_type, encode(self.registry)
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family; called by the registry."""
@@ -232,7 +219,7 @@ class Exposition:
         )
         yield _counter("updates_decoded", "Messages that became an update.", metrics.decoded)
         yield _counter("updates_empty", "Updates that change nothing.", metrics.empty)
-        yield _labelled(
+        yield _counters(
             "updates_rejected", "Messages that are no update.", "reason", metrics.rejected
         )
         yield _counter(
@@ -254,7 +241,7 @@ class Exposition:
             "Leaves that a later update of the same batch made needless.",
             metrics.leaves_merged_away,
         )
-        yield _labelled("dead_letters", "Dead letters written.", "reason", metrics.dead_letters)
+        yield _counters("dead_letters", "Dead letters written.", "reason", metrics.dead_letters)
         yield _counter(
             "dead_letters_suppressed",
             "Rejected messages acknowledged without a row: too many of one device.",
@@ -265,12 +252,12 @@ class Exposition:
             "write_seconds", "One request, from the driver's call to its answer.",
             metrics.write_seconds,
         )  # fmt: skip
-        yield _labelled("write_errors", "Requests that failed.", "kind", metrics.write_errors)
-        yield _labelled("write_retries", "Requests sent again.", "kind", metrics.write_retries)
+        yield _counters("write_errors", "Requests that failed.", "kind", metrics.write_errors)
+        yield _counters("write_retries", "Requests sent again.", "kind", metrics.write_retries)
         yield _counter("batches_split", "Refused batches planned again.", metrics.batches_split)
         yield _gauge("writes_in_flight", "Requests at the driver.", self._flights.in_flight)
         yield _gauge("writes_limit", "Requests allowed at the driver.", self._flights.concurrency)
-        yield _labelled(
+        yield _counters(
             "writes_limit_changes", "Changes of that limit.", "reason", metrics.window_changes
         )
         yield _gauge(
@@ -324,11 +311,11 @@ class Exposition:
 
     def _process(self) -> Iterator[Metric]:
         metrics = self._metrics
-        yield _labelled(
+        yield _counters(
             "disconnects", "Connections to the broker lost or not made.", "reason",
             metrics.disconnects,
         )  # fmt: skip
-        yield _labelled("sessions", "CONNACKs, resumed or new.", "state", metrics.sessions)
+        yield _counters("sessions", "CONNACKs, resumed or new.", "state", metrics.sessions)
         yield from _slot(metrics)
         yield _counter(
             "resubscriptions",
@@ -343,12 +330,9 @@ class Exposition:
         )
         yield from _canary(metrics.canary)
         yield _gauge("ready", "1 when /readyz says yes.", int(self._is_ready()))
-        reasons = GaugeMetricFamily(
-            "shadowsvc_not_ready", "1 while this is a reason not to be ready.", labels=["reason"]
+        yield _gauges(
+            "not_ready", "1 while this is a reason not to be ready.", "reason", self._not_ready()
         )
-        for reason, holds in self._not_ready().items():
-            reasons.add_metric([reason], int(holds))
-        yield reasons
         yield _gauge(
             "loop_lag_seconds", "How late the event loop ran its last timer.",
             metrics.loop_lag_seconds,
@@ -360,41 +344,35 @@ class Exposition:
         )
         yield from _credentials(metrics)
         yield _counter("log_lines_dropped", "Log lines nobody took.", self._log_lines_dropped())
-        info = InfoMetricFamily("shadowsvc_build", "Version of the service and of Python.")
-        info.add_metric([], {"version": __version__, "python": platform.python_version()})
-        yield info
+        yield _FAMILIES.build("Versions of the service and of Python; whether it is compiled.")
 
 
 def _credentials(metrics: Metrics) -> Iterator[Metric]:
-    ends = GaugeMetricFamily(
-        "shadowsvc_certificate_expiry_timestamp_seconds",
+    yield _gauges(
+        "certificate_expiry_timestamp_seconds",
         "When a certificate in use ends, in seconds since 1970.",
-        labels=["file"],
+        "file",
+        metrics.certificate_expiry,
     )
-    for file, expiry in sorted(metrics.certificate_expiry.items()):
-        ends.add_metric([file], expiry)
-    yield ends
-    yield _labelled(
+    yield _counters(
         "credentials_changed",
         "Changed certificates or passwords taken into use.",
         "of",
         metrics.credentials_changed,
     )
-    yield _labelled(
+    yield _counters(
         "credentials_unusable",
         "Changed files that could not be used; the old ones stay.",
         "of",
         metrics.credentials_unusable,
     )
-    faulty = GaugeMetricFamily(
-        "shadowsvc_credentials_faulty",
+    yield _gauges(
+        "credentials_faulty",
         "1 while the files as they are cannot be used.",
-        labels=["of"],
+        "of",
+        metrics.credentials_faulty,
     )
-    for side, value in sorted(metrics.credentials_faulty.items()):
-        faulty.add_metric([side], value)
-    yield faulty
-    yield _labelled(
+    yield _counters(
         "store_renewals",
         "Sessions with Cassandra made anew, or not: credentials changed, or no host was left.",
         "result",
@@ -406,7 +384,7 @@ def _canary(figures: CanaryFigures) -> Iterator[Metric]:
     yield _counter(
         "canary_published", "Updates of the canary that the broker took.", figures.published
     )
-    yield _labelled(
+    yield _counters(
         "canary_unpublished",
         "Updates of the canary that the broker did not take.",
         "reason",
@@ -436,23 +414,23 @@ def _canary(figures: CanaryFigures) -> Iterator[Metric]:
 
 def _slot(metrics: Metrics) -> Iterator[Metric]:
     slot = metrics.slot
-    states = GaugeMetricFamily(
-        "shadowsvc_slot_state",
-        "1 for the present state of the slot; no series with a configured client id.",
-        labels=["state"],
-    )
+    states = {}
     if slot is not None:
         now = slot.state
-        for state in SlotState:
-            states.add_metric([state.value], int(state is now))
-    yield states
+        states = {state.value: state is now for state in SlotState}
+    yield _gauges(
+        "slot_state",
+        "1 for the present state of the slot; no series with a configured client id.",
+        "state",
+        states,
+    )
     yield _gauge(
         "slot_lease_age_seconds",
         "Time since the lease of the slot was confirmed.",
         0 if slot is None else slot.lease_age or 0,
     )
-    yield _labelled("slot_takes", "Slots taken.", "how", metrics.slot_takes)
-    yield _labelled("slot_losses", "Slots lost or given up.", "reason", metrics.slot_losses)
+    yield _counters("slot_takes", "Slots taken.", "how", metrics.slot_takes)
+    yield _counters("slot_losses", "Slots lost or given up.", "reason", metrics.slot_losses)
     yield _gauge(
         "orphaned_slots",
         "Slots that this process has seen free for long enough to be adopted.",
@@ -462,7 +440,7 @@ def _slot(metrics: Metrics) -> Iterator[Metric]:
         "adopting", "1 while this process empties the session of an orphaned slot.",
         int(metrics.adopting),
     )  # fmt: skip
-    yield _labelled("adoptions", "Adoptions that ended.", "outcome", metrics.adoptions)
+    yield _counters("adoptions", "Adoptions that ended.", "outcome", metrics.adoptions)
     yield _counter(
         "adopted_messages",
         "Messages that sessions of orphaned slots delivered, repetitions and markers included.",
@@ -480,21 +458,6 @@ def _slot(metrics: Metrics) -> Iterator[Metric]:
         "isolations", "How often the broker was left, since no write succeeded.",
         metrics.isolations,
     )  # fmt: skip
-
-
-def _counter(name: str, text: str, value: float) -> Metric:
-    return CounterMetricFamily(f"shadowsvc_{name}", text, value=value)
-
-
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"shadowsvc_{name}", text, value=value)
-
-
-def _labelled(name: str, text: str, label: str, values: Counter[str]) -> Metric:
-    family = CounterMetricFamily(f"shadowsvc_{name}", text, labels=[label])
-    for value, count in sorted(values.items()):
-        family.add_metric([value], count)
-    return family
 
 
 def _histogram(name: str, text: str, histogram: Histogram, scale: float = 1.0) -> Metric:

@@ -19,8 +19,6 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
-import orjson
-
 from shadowsvc.http import Request, Response
 from shadowsvc.pause import MAX_SECONDS
 
@@ -76,14 +74,8 @@ def _state(pause: Pause, status: HTTPStatus) -> Response:
         "left_seconds": round(left_seconds, 1),
         "drained": drained,
     }
-    return _json(status, fields)
+    return Response.json(status, fields)
 
 
 def _error(status: HTTPStatus, text: str) -> Response:
-    return _json(status, {"error": text})
-
-
-def _json(status: HTTPStatus, fields: object) -> Response:
-    return Response(
-        status, "application/json", orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
-    )
+    return Response.json(status, {"error": text})

@@ -22,8 +22,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import hashlib
-import os
-import signal
 import time
 from collections import Counter
 from enum import StrEnum
@@ -37,6 +35,7 @@ from shadowsvc.backoff import wait_seconds
 from shadowsvc.decoding import decoder_limits, max_age_us
 from shadowsvc.errors import Rejected, ShadowsvcError, StoreError, StoreRefused
 from shadowsvc.health import MAX_CLOCK_OFFSET_SECONDS
+from shadowsvc.process import stop_on_signals
 from shadowsvc.shadow.document import Decoder
 from shadowsvc.shadow.merge import merge
 from shadowsvc.shadow.topic import TopicParser
@@ -105,10 +104,10 @@ class Judge:
         """Judge by the limits of the service; `restamp` replaces impossible times."""
         self.limits = limits
         self.restamp = restamp
-        self._decoder = _OriginalTimes(topics, limits)
+        self._decoder = Decoder(topics, limits, unique_times=False)
         any_time = copy.copy(limits)
         any_time.max_ahead_us = any_time.max_age_us = _NO_LIMIT_US
-        self._any_time = _OriginalTimes(topics, any_time)
+        self._any_time = Decoder(topics, any_time, unique_times=False)
 
     def judge(self, letter: DeadLetter, now_us: int, restamp_us: int) -> Update | Verdict:
         """Return the update with its write time, or why there is none.
@@ -148,17 +147,6 @@ class Judge:
                 f"{(now_us - time_us) // _SECOND_US} s old by now, deletes are remembered for "
                 f"{self.limits.max_age_us // _SECOND_US} s (gc_grace_seconds less a margin)",
             )
-
-
-class _OriginalTimes(Decoder):
-    """The service's decoder; an update without a device time gets exactly its time of receipt.
-
-    In the service that time is made unique in the process. Here each letter must get the same one
-    every time, whatever was decoded before it.
-    """
-
-    def receive_time_us(self, now_us: int) -> int:
-        return now_us
 
 
 def _broken(letter: DeadLetter) -> Verdict | None:
@@ -426,7 +414,7 @@ async def perform(
     cassandra = settings.cassandra
     store = CassandraStore(cassandra, dead_letter_ttl_seconds=settings.dead_letters.ttl_seconds)
     # Before anything else: a connect that is cancelled leaves the driver hanging.
-    _stop_on_signals(stopping, leave)
+    stop_on_signals(stopping, at_once=lambda _signal: leave())
     try:
         await store.connect()
         await _check_clock(store)
@@ -446,21 +434,8 @@ async def perform(
         await store.close()
 
 
-def _stop_on_signals(stopping: asyncio.Event, leave: Callable[[], None]) -> None:
-    def on_signal(number: signal.Signals) -> None:
-        if stopping.is_set():
-            leave()
-            os._exit(128 + number)
-        stopping.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
-
-
 async def _check_clock(store: CassandraStore) -> None:
-    before = time.time()
-    server_us = await store.server_time_us()
-    offset = (before + time.time()) / 2 - server_us / _SECOND_US
+    offset = await store.clock_offset_seconds()
     if abs(offset) > MAX_CLOCK_OFFSET_SECONDS:
         raise ShadowsvcError(
             f"the clocks of this machine and of Cassandra are {abs(offset):.0f} s apart, so no "

@@ -597,7 +597,8 @@ class Slots(_Section):
     orphan_after_seconds: Seconds = Field(
         default=300.0,
         description="A slot that was free for this long, as one process saw it, is an orphan: what "
-        "the broker still holds for it is fetched, then it is deleted.",
+        "the broker still holds for it is fetched, then it is deleted. A process that was killed "
+        "and started again waits for the end of its former lease alone.",
     )
     marker_topic: Annotated[
         str,

@@ -16,6 +16,8 @@ Rules:
 2. A connection outlives its lease: while Cassandra is away, nobody can take the slot either. When
    it is back and the slot is still free, it is taken again; else the connection is left.
 3. Every take has a token of its own; a take without an answer is asked about before another one.
+4. A lease is never broken before its time, whoever seems to hold it. What an earlier life of this
+   process still holds at the start is noted in `former`: nobody comes back for it.
 
 Must not come in: statements (`shadowsvc.store.slots`), connections, what is done with a client id.
 """
@@ -23,9 +25,7 @@ Must not come in: statements (`shadowsvc.store.slots`), connections, what is don
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import socket
 import time
 import uuid
 from collections import Counter
@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 import structlog
 
 from shadowsvc.errors import StoreError
+from shadowsvc.owners import is_former_life, owner_name
 from shadowsvc.settings import variable
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from shadowsvc.settings import Slots
     from shadowsvc.store.slots import Slot
 
-__all__ = ["Create", "Lease", "SlotKeeper", "SlotState", "Table", "Take", "owner_name"]
+__all__ = ["Create", "Lease", "SlotKeeper", "SlotState", "Table", "Take"]
 
 _log = structlog.get_logger(__name__)
 
@@ -219,6 +220,8 @@ class SlotKeeper:
         """Called when the slot is another's: the connection by its client id has to end."""
         self.waiting: str | None = None
         """Why `acquire` has not returned yet, for people; None when nobody waits."""
+        self.former: dict[str, UUID] = {}
+        """Slots that an earlier life of this process held when this one began, with its tokens."""
         self.takes = Counter[str]() if takes is None else takes
         self.losses = Counter[str]() if losses is None else losses
         self._table = table
@@ -229,6 +232,7 @@ class SlotKeeper:
         self._draw = draw or random.Random()  # noqa: S311 - jitter, no secret
         self._lease = Lease(settings.lease_seconds, settings.max_slots)
         self._busy = asyncio.Lock()
+        self._listed = False
         self._unsure: tuple[str, UUID, str] | None = None
         """A take without an answer: name, token, and how it counts."""
 
@@ -357,6 +361,9 @@ class SlotKeeper:
     async def _taken(self, collisions: int) -> str | None:
         """Take a slot; None when all are taken or another was faster."""
         slots = await self._table.list()
+        if not self._listed:
+            self._listed = True
+            self._note_former(slots)
         match self._lease.choose(slots, collisions, self._draw):
             case Take(name):
                 return name if await self._take(name, "free") else None
@@ -385,6 +392,12 @@ class SlotKeeper:
         _log.info("slot taken", slot=name, how=how, owner=self._owner)
         return name
 
+    def _note_former(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            if slot.token is not None and is_former_life(slot.owner or ""):
+                self.former[slot.name] = slot.token
+                _log.info("slot held by an earlier life", slot=slot.name, owner=slot.owner)
+
     def _wait_for(self, why: str) -> None:
         self.waiting = why
         _log.warning("no slot yet", why=why, limit_by="no slot")
@@ -397,8 +410,3 @@ class SlotKeeper:
         """Wait with full jitter, doubling up to the limit."""
         ceiling = min(limit_seconds, _RETRY_MIN_SECONDS * 2 ** min(doublings, _MAX_DOUBLINGS))
         await asyncio.sleep(self._draw.uniform(_RETRY_MIN_SECONDS / 2, ceiling))
-
-
-def owner_name() -> str:
-    """Return how this process is named to people: its host and process id."""
-    return f"{socket.gethostname()}:{os.getpid()}"

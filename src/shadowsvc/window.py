@@ -130,7 +130,10 @@ class Window:
         self._trial: tuple[float, float, float] | None = None
 
     def sent(self, in_flight: int) -> None:
-        """Note that a request was sent, which made `in_flight` of them."""
+        """Note that a request was sent, which made `in_flight` of them.
+
+        `limit` stands for as many as may be: nothing more of this kind may be sent.
+        """
         if in_flight >= self.limit:
             self._filled += 1
             self._was_full = True

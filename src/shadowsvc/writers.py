@@ -384,7 +384,9 @@ class Writers:
         started = time.monotonic()
         self._calls[job] = started
         self._stalled_since = None
-        window.sent(self._running)
+        # A lane that may not take every place fills the window when it has its own share.
+        full = self._lanes.is_full(job.lane, window.limit)
+        window.sent(window.limit if full else self._running)
         try:
             await request
         except StoreError as error:

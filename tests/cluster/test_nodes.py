@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from backing import Direction
 from tests.cluster.conftest import START_SECONDS, make_whole, nodes_up, reader, wait_until
 from tests.oracle import Load, Oracle
 from tests.proxied import Proxied
+from tests.rig import Pings
 from tests.service import ServiceProcess, variables
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(580)
 
 RECEIVE_MAXIMUM = 100
-PINGREQ = b"\xc0\x00"
 SCALED = {
     "MQTT__KEEP_ALIVE_SECONDS": 2,
     "MQTT__RECEIVE_MAXIMUM": RECEIVE_MAXIMUM,
@@ -37,11 +36,17 @@ SCALED = {
 class Rig:
     """A service on the cluster, an oracle that publishes to it, and the count of its pings."""
 
-    def __init__(self, cluster: CassandraCluster, service: ServiceProcess, oracle: Oracle) -> None:
+    def __init__(
+        self,
+        cluster: CassandraCluster,
+        service: ServiceProcess,
+        oracle: Oracle,
+        pings: Pings,
+    ) -> None:
         self.cluster = cluster
         self.service = service
         self.oracle = oracle
-        self.pings = 0
+        self.pings = pings
 
     def total(self, name: str, **labels: str) -> float:
         return self.service.metrics().total(name, **labels)
@@ -55,8 +60,8 @@ class Rig:
 
     def wait_pings(self, more: int) -> None:
         """Wait until the service has sent so many more pings."""
-        goal = self.pings + more
-        wait_until(lambda: self.pings >= goal, f"{more} more pings went out", 60)
+        goal = self.pings.count + more
+        wait_until(lambda: self.pings.count >= goal, f"{more} more pings went out", 60)
 
     def check_never_left(self) -> None:
         """The connection to the broker is the one made at the start; nothing was given up."""
@@ -78,23 +83,17 @@ def rigged(
     folder: Path,
 ) -> Iterator[Rig]:
     with ExitStack() as stack:
-        rig: Rig
-
-        def tap(direction: Direction, data: bytes) -> None:
-            if direction is Direction.TO_SERVER and PINGREQ in data:
-                rig.pings += 1
-
-        proxy = stack.enter_context(Proxied(broker.host, broker.port, tap))
+        pings = Pings()
+        proxy = stack.enter_context(Proxied(broker.host, broker.port, pings.tap))
         more = SCALED | {"MQTT__URL": f"mqtt://127.0.0.1:{proxy.port}"}
         settings = variables(broker, cast("backing.Database", cluster), keyspace, name, **more)
         session = stack.enter_context(reader(cluster))
         service = ServiceProcess(settings, folder / "service.log")
         oracle = Oracle(broker, session, keyspace, name)
-        rig = Rig(cluster, service, oracle)
         stack.enter_context(oracle)
         stack.enter_context(service)
         service.wait_ready()
-        yield rig
+        yield Rig(cluster, service, oracle, pings)
 
 
 @pytest.fixture

@@ -301,7 +301,7 @@ def test_the_profile_devices_publishes(stack: Stack) -> None:
     )
 
     def heard() -> bool:
-        return stack.get("speaker-00000") is not None
+        return stack.get("sim-000000") is not None
 
     wait_for(heard, "a simulated device has a shadow", 90)
     (devices,) = stack.containers("devices")

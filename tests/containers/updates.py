@@ -32,16 +32,27 @@ class Publisher:
         port: likewise.
         prefix: the service's topic prefix.
         websocket: go over WebSocket, path `/mqtt`.
+        login: user name and password; the name is the client id, too.
     """
 
     def __init__(
-        self, host: str, port: int, prefix: str = "things", *, websocket: bool = False
+        self,
+        host: str,
+        port: int,
+        prefix: str = "things",
+        *,
+        websocket: bool = False,
+        login: tuple[str, str] | None = None,
     ) -> None:
         self._prefix = prefix
         transport = "websockets" if websocket else "tcp"
+        user, password = login or (None, None)
         self._make = lambda: aiomqtt.Client(
             host,
             port,
+            username=user,
+            password=password,
+            identifier=user,
             protocol=aiomqtt.ProtocolVersion.V5,
             transport=transport,  # type: ignore[arg-type]
             websocket_path="/mqtt" if websocket else None,

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 
 import backing
 from backing import BackingError
-from tests.conftest import _migrate
 from tests.faults.schedule import plan
 from tests.faults.stage import SLOTS, Stage
+from tests.keyspaces import make_schema
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from tests.faults.schedule import Step
     from tests.faults.witness import Verdict
 
-__all__ = ["Outcome", "run"]
+__all__ = ["Interrupts", "Outcome", "run"]
 
+_LOOK_SECONDS = 0.1
 _COUNTED = {
     "reconnects": "disconnects_total",
     "retries": "write_retries_total",
@@ -52,12 +53,14 @@ class Outcome:
     minutes: float
     pods: int
     slots: bool
-    faults: dict[str, int] = field(default_factory=dict)
+    faults: Counter[str] = field(default_factory=Counter)
     """How often each happened."""
     seen: dict[str, int] = field(default_factory=dict)
     """What the services and the wire counted of them."""
     verdict: Verdict | None = None
+    """None when the run was left before everything was looked at."""
     interrupted: bool = False
+    """Whether it was ended before its time."""
 
     @property
     def kept(self) -> bool:
@@ -68,9 +71,13 @@ class Outcome:
         """Yield the ledger for people."""
         ids = "leased client ids" if self.slots else "client ids of their own"
         yield f"seed {self.seed}, {self.minutes:g} minutes, {self.pods} services with {ids}"
+        if self.interrupted:
+            yield "interrupted: the schedule was not played to its end"
         yield from (f"  {count:>3} x {name}" for name, count in sorted(self.faults.items()))
-        yield "counted: " + ", ".join(f"{name} {count:,}" for name, count in self.seen.items())
-        if self.verdict is not None:
+        yield f"counted: {_listed(self.seen)}"
+        if self.verdict is None:
+            yield "left before anything was compared: nobody knows whether every promise was kept"
+        else:
             yield from self.verdict.lines()
         if not self.kept:
             yield f"repeat with: scripts/chaos --minutes {self.minutes:g} --seed {self.seed}"
@@ -86,8 +93,9 @@ def run(
     *,
     say: Callable[[str], None] = lambda _line: None,
     rate: float = 300,
+    interrupts: Interrupts | None = None,
 ) -> Outcome:
-    """Run a schedule to its end, or until KeyboardInterrupt, and look at everything.
+    """Run a schedule to its end, or until it is interrupted, and look at everything.
 
     Args:
         seed: of schedule and traffic.
@@ -98,9 +106,11 @@ def run(
         folder: for logs.
         say: takes one line for each fault.
         rate: messages a second of all publishers together.
+        interrupts: of whoever started it; KeyboardInterrupt leaves without looking.
     """
     planned = plan(seed, seconds)
     outcome = Outcome(seed, round(seconds / 60, 3), planned.pods, planned.slots)
+    interrupts = interrupts or Interrupts(say)
     stage = Stage(
         broker,
         database,
@@ -112,34 +122,50 @@ def run(
         seed=seed,
     )
     with _forgiving(outcome), stage:
-        stage.start()
-        broker.save()
-        with (
-            stage.traffic(seed=seed, rate=rate / 2),
-            stage.traffic(seed=seed + 1, rate=rate / 2, poison=0.1),
-        ):
-            player = _Player(stage, say)
-            try:
-                player.play(planned.steps, seconds)
-            except KeyboardInterrupt:
-                say("interrupted: ending what fails at present; once more to leave at once")
-                outcome.interrupted = True
-            player.end()
-            outcome.faults = dict(player.faults)
-        outcome.seen = _seen(stage)
-        say("everything is back; waiting for rest")
-        for pod in stage.pods:
-            pod.heal()
-        for pod in stage.pods:
-            try:
-                pod.service.wait_ready(60)
-            except AssertionError as error:
-                stage.witness.violations.append(f"{pod.name} does not recover: {error}")
-        outcome.verdict = stage.wait_verdict(120)
-        happened = sum(outcome.seen[name] for name in ("reconnects", "retries", "repeated"))
-        if outcome.faults and not happened:
-            outcome.verdict.forbidden.append("no fault was seen by any service")
+        interrupts.outcome = outcome
+        try:
+            _play(stage, seed, planned.steps, rate, outcome, interrupts, say)
+        except KeyboardInterrupt:
+            outcome.seen = _progress(stage) | _seen(stage)
+            raise
     return outcome
+
+
+def _play(
+    stage: Stage,
+    seed: int,
+    steps: Iterable[Step],
+    rate: float,
+    outcome: Outcome,
+    interrupts: Interrupts,
+    say: Callable[[str], None],
+) -> None:
+    """Let things fail, wait for rest, and enter in `outcome` what came of it."""
+    stage.start()
+    broker = stage.broker
+    assert isinstance(broker, backing.Mosquitto)
+    broker.save()
+    with (
+        stage.traffic(seed=seed, rate=rate / 2),
+        stage.traffic(seed=seed + 1, rate=rate / 2, poison=0.1),
+    ):
+        player = _Player(stage, outcome.faults, say, interrupts)
+        with interrupts.awaited():
+            player.play(steps)
+        player.end()
+    outcome.seen = _seen(stage)
+    say("everything is back; waiting for rest")
+    for pod in stage.pods:
+        pod.heal()
+    for pod in stage.pods:
+        try:
+            pod.service.wait_ready(60)
+        except AssertionError as error:
+            stage.witness.violations.append(f"{pod.name} does not recover: {error}")
+    outcome.verdict = stage.wait_verdict(120)
+    happened = sum(outcome.seen[name] for name in ("reconnects", "retries", "repeated"))
+    if outcome.faults and not happened:
+        outcome.verdict.forbidden.append("no fault was seen by any service")
 
 
 @contextmanager
@@ -152,6 +178,55 @@ def _forgiving(outcome: Outcome) -> Iterator[None]:
             raise
 
 
+class Interrupts:
+    """What Ctrl-C does: the first ends the schedule in good order, the next one everything.
+
+    It never breaks into a fault that is being begun or ended, since half of one has no excuse.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.outcome: Outcome | None = None
+        """Of the run, as far as it came."""
+        self._say = say
+        self._awaited = False
+
+    def install(self) -> None:
+        """Take SIGINT, which a shell ignores for what it starts in the background, and SIGTERM."""
+        signal.signal(signal.SIGINT, self._interrupt)
+        signal.signal(signal.SIGTERM, self._leave)
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Let the first one be seen in `happened` alone until the context is left."""
+        self._awaited = True
+        try:
+            yield
+        finally:
+            self._awaited = False
+
+    @property
+    def happened(self) -> bool:
+        """Whether the schedule is to end."""
+        return self.outcome is not None and self.outcome.interrupted
+
+    def _interrupt(self, number: int, _frame: object) -> None:
+        if self._awaited and not self.happened:
+            assert self.outcome is not None
+            self.outcome.interrupted = True
+            self._say("interrupted: ending what fails at present; once more to leave at once")
+        else:
+            self._leave(number, _frame)
+
+    def _leave(self, _number: int, _frame: object) -> None:
+        # Nothing may break into the end of everything: servers and folders would stay.
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, signal.SIG_IGN)
+        if self.outcome is not None:
+            self.outcome.interrupted = True
+        self._say("stopping everything")
+        raise KeyboardInterrupt
+
+
 class _Player:
     """Begins and ends the steps of a schedule, each at its time.
 
@@ -159,25 +234,31 @@ class _Player:
     takes ten seconds, and what was planned for these must not happen all at once.
     """
 
-    def __init__(self, stage: Stage, say: Callable[[str], None]) -> None:
-        self.faults: Counter[str] = Counter()
+    def __init__(
+        self,
+        stage: Stage,
+        faults: Counter[str],
+        say: Callable[[str], None],
+        interrupts: Interrupts,
+    ) -> None:
+        self._faults = faults
+        self._interrupts = interrupts
         self._stage = stage
         self._say = say
         self._began = self._started = time.monotonic()
         self._running: list[Step] = []
 
-    def play(self, steps: Iterable[Step], seconds: float) -> None:
-        """Begin faults for `seconds`, and wait until all have ended."""
-        over = time.monotonic() + seconds
+    def play(self, steps: Iterable[Step]) -> None:
+        """Begin the faults, and wait until all have ended, or until an interrupt."""
         for step in steps:
             self._wait(step.at)
-            if time.monotonic() > over:
+            if self._interrupts.happened:
                 break
             seconds_in = time.monotonic() - self._began
-            self._say(f"[{seconds_in:6.1f} s] {step}; {_progress(self._stage)}")
+            self._say(f"[{seconds_in:6.1f} s] {step}; {_listed(_progress(self._stage))}")
             self._running.append(step)
             self._attempt(step, step.fault.begin)
-            self.faults[f"{step.fault.place}: {step.fault.name}"] += 1
+            self._faults[f"{step.fault.place}: {step.fault.name}"] += 1
         self._wait(max([self._now(), *(step.until for step in self._running)]))
 
     def end(self) -> None:
@@ -189,11 +270,12 @@ class _Player:
         return time.monotonic() - self._started
 
     def _wait(self, until: float) -> None:
-        while True:
+        while not self._interrupts.happened:
             due = min([until, *(step.until for step in self._running)])
             left = due - self._now()
             if left > 0:
-                time.sleep(left)
+                time.sleep(min(left, _LOOK_SECONDS))
+                continue
             ended = [step for step in self._running if step.until <= due]
             for step in ended:
                 self._end(step)
@@ -213,10 +295,15 @@ class _Player:
         self._started += time.monotonic() - began
 
 
-def _progress(stage: Stage) -> str:
-    published = len(stage.witness.messages())
-    acked = len(stage.witness.acked())
-    return f"published {published:,}, acknowledged by the services {acked:,}"
+def _progress(stage: Stage) -> dict[str, int]:
+    return {
+        "published": len(stage.witness.messages()),
+        "acknowledged by the services": len(stage.witness.acked()),
+    }
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def _seen(stage: Stage) -> dict[str, int]:
@@ -231,8 +318,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="scripts/chaos",
         description="Random faults on a real broker, a real Cassandra and one to three services; "
-        "at the end everything that was acknowledged must be there. Ctrl-C ends it with the result "
-        "so far.",
+        "at the end everything that was acknowledged must be there. Ctrl-C ends the schedule and "
+        "prints the ledger so far, after everything is back; once more, at once and without.",
     )
     parser.add_argument("--minutes", type=float, default=5, help="how long faults happen (5)")
     parser.add_argument("--seed", type=int, help="of the schedule; a random one by default")
@@ -241,32 +328,49 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     seed = random.SystemRandom().randrange(1_000_000) if options.seed is None else options.seed
 
-    # Whoever started us in the background had it ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
     def say(line: str) -> None:
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
 
-    say(f"seed {seed}; starting broker and Cassandra")
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shadowsvc-chaos-")))
-        broker = stack.enter_context(backing.Mosquitto(persistent=True))
-        database = stack.enter_context(backing.Cassandra(settings={"commitlog_sync": "batch"}))
-        _migrate(database, "chaos")
-        seconds = options.minutes * 60
-        try:
-            outcome = run(
-                seed, seconds, broker, database, "chaos", folder, say=say, rate=options.rate
-            )
-        except KeyboardInterrupt:
-            say(f"left without a result; repeat with --seed {seed}")
+    interrupts = Interrupts(say)
+    interrupts.install()
+    try:
+        say(f"seed {seed}; starting broker and Cassandra")
+        outcome = _run_alone(seed, options.minutes * 60, options.rate, say, interrupts)
+    except KeyboardInterrupt:
+        if interrupts.outcome is None:
+            say(f"left before anything failed; repeat with --seed {seed}")
             return 130
+        outcome = interrupts.outcome
     if options.json:
         sys.stdout.write(json.dumps(asdict(outcome) | {"kept": outcome.kept}, indent=2) + "\n")
     else:
         sys.stdout.write("\n".join(outcome.lines()) + "\n")
-    return 0 if outcome.kept else 1
+    if outcome.verdict is not None and not outcome.kept:
+        return 1
+    return 130 if outcome.interrupted else 0
+
+
+def _run_alone(
+    seed: int, seconds: float, rate: float, say: Callable[[str], None], interrupts: Interrupts
+) -> Outcome:
+    """Run a schedule with a broker and a Cassandra of its own."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shadowsvc-chaos-")))
+        broker = stack.enter_context(backing.Mosquitto(persistent=True))
+        database = stack.enter_context(backing.Cassandra(settings={"commitlog_sync": "batch"}))
+        make_schema(database, "chaos")
+        return run(
+            seed,
+            seconds,
+            broker,
+            database,
+            "chaos",
+            folder,
+            say=say,
+            rate=rate,
+            interrupts=interrupts,
+        )
 
 
 if __name__ == "__main__":

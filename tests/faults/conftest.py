@@ -7,28 +7,21 @@ from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
-from backing import Mosquitto
-from tests.conftest import _migrate
 from tests.faults.stage import Stage
+from tests.keyspaces import make_schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     import backing
+    from backing import Mosquitto
 
 
 class MakeStage(Protocol):
     """Makes a stage; its services are not started yet."""
 
     def __call__(self, *, pods: int = 1, **settings: object) -> Stage: ...
-
-
-@pytest.fixture
-def own_broker() -> Iterator[Mosquitto]:
-    """A broker that a test stops and kills; it keeps sessions in a file, saved every second."""
-    with Mosquitto(persistent=True) as broker:
-        yield broker
 
 
 @pytest.fixture
@@ -41,14 +34,7 @@ def make_stage(
 ) -> Iterator[MakeStage]:
     """For tests that leave Cassandra itself alone."""
     with ExitStack() as stack:
-
-        def make(*, pods: int = 1, **settings: object) -> Stage:
-            stage = Stage(
-                own_broker, cassandra, migrated, unique, tmp_path, pods=pods, settings=settings
-            )
-            return stack.enter_context(stage)
-
-        yield make
+        yield _maker(stack, own_broker, cassandra, migrated, unique, tmp_path)
 
 
 @pytest.fixture
@@ -61,20 +47,7 @@ def make_own_stage(
 ) -> Iterator[MakeStage]:
     """For tests that stop, kill or freeze Cassandra."""
     with ExitStack() as stack:
-
-        def make(*, pods: int = 1, **settings: object) -> Stage:
-            stage = Stage(
-                own_broker,
-                own_cassandra,
-                own_migrated,
-                unique,
-                tmp_path,
-                pods=pods,
-                settings=settings,
-            )
-            return stack.enter_context(stage)
-
-        yield make
+        yield _maker(stack, own_broker, own_cassandra, own_migrated, unique, tmp_path)
 
 
 @pytest.fixture
@@ -86,13 +59,21 @@ def make_stage_with_keyspace(
     tmp_path: Path,
 ) -> Iterator[tuple[MakeStage, str]]:
     """For tests that change the schema: with a keyspace of their own, and its name."""
-    _migrate(cassandra, keyspace)
+    make_schema(cassandra, keyspace)
     with ExitStack() as stack:
+        yield _maker(stack, own_broker, cassandra, keyspace, unique, tmp_path), keyspace
 
-        def make(*, pods: int = 1, **settings: object) -> Stage:
-            stage = Stage(
-                own_broker, cassandra, keyspace, unique, tmp_path, pods=pods, settings=settings
-            )
-            return stack.enter_context(stage)
 
-        yield make, keyspace
+def _maker(
+    stack: ExitStack,
+    broker: Mosquitto,
+    database: backing.Database,
+    keyspace: str,
+    name: str,
+    folder: Path,
+) -> MakeStage:
+    def make(*, pods: int = 1, **settings: object) -> Stage:
+        stage = Stage(broker, database, keyspace, name, folder, pods=pods, settings=settings)
+        return stack.enter_context(stage)
+
+    return make

@@ -19,7 +19,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from tests.integration.test_bad_documents import BAD
+from tests.bad_documents import BAD
 from tests.oracle import Oracle, Sent
 
 if TYPE_CHECKING:

@@ -87,85 +87,74 @@ def _cut(proxy: FaultProxy, after: int, direction: Direction) -> None:
     proxy.cut_after(after, direction)
 
 
-def _nothing(_stage: Stage, _pod: Pod) -> None:
-    pass
+def _pod(
+    name: str,
+    weight: int,
+    seconds: tuple[float, float],
+    begin: Callable[[Pod], None],
+    end: Callable[[Pod], None],
+) -> Fault:
+    return Fault(name, "pod", weight, seconds, lambda _, pod: begin(pod), lambda _, pod: end(pod))
 
 
-def _begin_kill(_stage: Stage, pod: Pod) -> None:
-    pod.service.kill()
-
-
-def _begin_term(_stage: Stage, pod: Pod) -> None:
+def _terminate(pod: Pod) -> None:
     code = pod.service.terminate()
     assert code in (0, -signal.SIGTERM), f"SIGTERM ended {pod.name} with {code}"
 
 
-def _begin_stop(_stage: Stage, pod: Pod) -> None:
-    pod.pause()
+def _broker(
+    name: str, weight: int, seconds: tuple[float, float], end_it: Callable[[Stage], None]
+) -> Fault:
+    return Fault(
+        name,
+        "broker",
+        weight,
+        seconds,
+        lambda stage, _: end_it(stage),
+        lambda stage, _: _mosquitto(stage).start(),
+    )
 
 
-def _broker(stage: Stage) -> backing.Mosquitto:
+def _mosquitto(stage: Stage) -> backing.Mosquitto:
     return stage.broker  # type: ignore[return-value]  # `run` made it
 
 
-def _cassandra(stage: Stage) -> backing.Cassandra:
-    return stage.database  # type: ignore[return-value]  # `run` was given it
+def _cassandra(
+    name: str,
+    weight: int,
+    seconds: tuple[float, float],
+    begin: Callable[[backing.Cassandra], None],
+    end: Callable[[backing.Cassandra], None],
+) -> Fault:
+    return Fault(
+        name,
+        "cassandra",
+        weight,
+        seconds,
+        lambda stage, _: begin(stage.database),  # type: ignore[arg-type]  # `run` was given it
+        lambda stage, _: end(stage.database),  # type: ignore[arg-type]
+    )
 
 
 FAULTS: tuple[Fault, ...] = (
     *_ways("way to the broker"),
     *_ways("way to Cassandra"),
-    Fault("killed", "pod", 8, (0, 3), _begin_kill, lambda _stage, pod: pod.start()),
-    Fault("SIGTERM", "pod", 6, (0, 3), _begin_term, lambda _stage, pod: pod.start()),
-    Fault("frozen", "pod", 4, (0.3, 6), _begin_stop, lambda _stage, pod: pod.resume()),
-    Fault(
-        "killed",
-        "broker",
-        4,
-        (0, 4),
-        lambda stage, _pod: stage.kill_broker(),
-        lambda stage, _pod: _broker(stage).start(),
-    ),
-    Fault(
-        "restarted",
-        "broker",
-        3,
-        (0, 4),
-        lambda stage, _pod: stage.stop_broker(),
-        lambda stage, _pod: _broker(stage).start(),
-    ),
-    Fault(
-        "lost with all its sessions",
-        "broker",
-        2,
-        (0, 2),
-        lambda stage, _pod: stage.lose_broker(),
-        lambda stage, _pod: _broker(stage).start(),
-    ),
+    _pod("killed", 8, (0, 3), lambda pod: pod.service.kill(), lambda pod: pod.start()),
+    _pod("SIGTERM", 6, (0, 3), _terminate, lambda pod: pod.start()),
+    _pod("frozen", 4, (0.3, 6), lambda pod: pod.pause(), lambda pod: pod.resume()),
+    _broker("killed", 4, (0, 4), lambda stage: stage.kill_broker()),
+    _broker("restarted", 3, (0, 4), lambda stage: stage.stop_broker()),
+    _broker("lost with all its sessions", 2, (0, 2), lambda stage: stage.lose_broker()),
     Fault(
         "frozen",
         "broker",
         2,
         (0.3, 5),
-        lambda stage, _pod: _broker(stage).pause(),
-        lambda stage, _pod: _broker(stage).resume(),
+        lambda stage, _: _mosquitto(stage).pause(),
+        lambda stage, _: _mosquitto(stage).resume(),
     ),
-    Fault(
-        "killed",
-        "cassandra",
-        1,
-        (0, 1),
-        lambda stage, _pod: _cassandra(stage).kill(),
-        lambda stage, _pod: _cassandra(stage).start(),
-    ),
-    Fault(
-        "frozen",
-        "cassandra",
-        4,
-        (0.3, 5),
-        lambda stage, _pod: _cassandra(stage).pause(),
-        lambda stage, _pod: _cassandra(stage).resume(),
-    ),
+    _cassandra("killed", 1, (0, 1), lambda node: node.kill(), lambda node: node.start()),
+    _cassandra("frozen", 4, (0.3, 5), lambda node: node.pause(), lambda node: node.resume()),
 )
 
 

@@ -17,12 +17,12 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from tests.bad_documents import LIMITS
 from tests.faults.memory import MemoryPublisher, MemoryServer
 from tests.faults.pod import Pod
 from tests.faults.publisher import Publisher, Traffic
 from tests.faults.wire import Wire
 from tests.faults.witness import Witness
-from tests.integration import test_bad_documents as documents
 from tests.proxied import Proxied
 from tests.service import ServiceProcess, variables
 
@@ -54,10 +54,7 @@ SCALED: dict[str, object] = {
     "CASSANDRA__REQUEST_TIMEOUT_SECONDS": 1,
     "CASSANDRA__CONNECT_TIMEOUT_SECONDS": 2,
     "DEAD_LETTERS__MAX_PER_DEVICE_PER_MINUTE": 1_000_000,
-    "SHADOW__MAX_PAYLOAD_BYTES": documents.MAX_PAYLOAD_BYTES,
-    "SHADOW__MAX_DEPTH": documents.MAX_DEPTH,
-    "SHADOW__MAX_LEAVES": documents.MAX_LEAVES,
-    "SHADOW__MAX_PATH_BYTES": documents.MAX_PATH_BYTES,
+    **LIMITS,
 }
 
 SLOTS: dict[str, object] = {

@@ -126,6 +126,29 @@ def test_a_bad_way_to_cassandra_costs_nothing(
     assert pod.total("disconnects_total") == 0
 
 
+@pytest.mark.parametrize("poison", [0, 1.0], ids=["updates", "dead letters"])
+def test_on_a_long_way_to_cassandra_more_requests_are_under_way_whatever_they_write(
+    make_stage: MakeStage, poison: float
+) -> None:
+    """0.6 s there and back, as to another continent and more."""
+    stage = make_stage(
+        MQTT__RECEIVE_MAXIMUM=600,
+        CASSANDRA__BATCH_MAX_PARTITIONS=1,
+        CASSANDRA__REQUEST_TIMEOUT_SECONDS=5,
+    ).start()
+    pod = stage.pod
+    with stage.traffic():
+        pod.wait_more(50, DURABLE)
+    pod.cassandra(lambda proxy: proxy.delay(0.3))
+    with stage.traffic(rate=2000, count=1000, max_messages=600, poison=poison) as traffic:
+        traffic.join(30)
+        pod.wait_total(20, "writes_in_flight", 60)
+    assert pod.total("writes_limit") >= 20
+    verdict = stage.settle(120)
+    assert verdict.excused == 0
+    assert pod.total("writes_limit_changes_total", reason="overload") == 0
+
+
 def test_a_service_that_cannot_write_for_too_long_leaves_the_broker_and_comes_back(
     make_stage: MakeStage,
 ) -> None:

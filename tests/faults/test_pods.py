@@ -116,3 +116,27 @@ def test_with_slots_one_pod_then_four_then_one_strands_nothing(make_stage: MakeS
         lambda: stage.pod.wire.counts["UNSUBSCRIBE"] >= 3, "it has left three adopted shares", 60
     )
     assert [pod.service.running for pod in stage.pods] == [True, False, False, False]
+
+
+def test_with_slots_a_pod_that_is_killed_and_started_at_once_fetches_what_it_left_behind(
+    make_stage: MakeStage,
+) -> None:
+    """Its lease still runs, so it takes another slot; an orphan of another pod's would wait."""
+    times = {
+        "SLOTS__LEASE_SECONDS": 20,
+        "SLOTS__RENEW_SECONDS": 2,
+        "SLOTS__ORPHAN_AFTER_SECONDS": 300,
+    }
+    stage = make_stage(**SLOTS | times).start()
+    pod = stage.pod
+    with stage.traffic(rate=200):
+        pod.wait_more(50, DURABLE)
+        pod.service.kill()
+        pod.start()
+        pod.service.wait_ready()
+        pod.wait_total(1, "slot_takes_total", how="created")
+        pod.wait_total(1, "adoptions_total", 60, outcome="emptied")
+        pod.wait_more(50, DURABLE)
+    assert pod.total("adopted_messages_total") > 1, "more than the marker"
+    verdict = stage.settle()
+    assert verdict.excused == 0

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from backing import Direction
+from tests.bad_documents import BAD
 from tests.faults.stage import RECEIVE_MAXIMUM
-from tests.integration.test_bad_documents import BAD
 
 if TYPE_CHECKING:
     from tests.faults.conftest import MakeStage

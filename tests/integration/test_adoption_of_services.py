@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.integration.test_slots_of_services import Group, client_id, grouped, writes
+from tests.group import Group, client_id, grouped, writes
 from tests.member import session_present
 from tests.oracle import Load
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import backing
+    from tests.group import MakeGroup
     from tests.service import ServiceProcess
 
 pytestmark = pytest.mark.timeout(300)
@@ -31,22 +32,8 @@ ADOPTION_SECONDS = 90.0
 
 
 @pytest.fixture
-def group(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    unique: str,
-    tmp_path: Path,
-) -> Iterator[Group]:
-    with grouped(
-        broker,
-        cassandra,
-        migrated,
-        unique,
-        tmp_path,
-        SLOTS__ORPHAN_AFTER_SECONDS=5,
-        SLOTS__ADOPT_QUIET_SECONDS=1,
-    ) as made:
+def group(make_group: MakeGroup) -> Iterator[Group]:
+    with make_group(SLOTS__ORPHAN_AFTER_SECONDS=5, SLOTS__ADOPT_QUIET_SECONDS=1) as made:
         yield made
 
 

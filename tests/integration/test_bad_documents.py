@@ -12,131 +12,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from shadowsvc.shadow.document import REASONS
+from tests.bad_documents import BAD, LIMITS
 from tests.oracle import Oracle
 from tests.service import ServiceProcess, variables
+from tests.serving import settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     import backing
+    from tests.serving import Serve
 
 pytestmark = pytest.mark.timeout(120)
 
 RECEIVE_MAXIMUM = 20
 MAX_PER_DEVICE_PER_MINUTE = 10
-MAX_PAYLOAD_BYTES = 70_000  # above the 65,536 bytes that a dead letter keeps
-MAX_DEPTH = 16
-MAX_LEAVES = 100
-MAX_PATH_BYTES = 1024
 KEPT_BYTES = 65_536
 HOUR_SECONDS = 3600
 EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - cassandra-driver's times are naive, in UTC
-
-
-class Bad(NamedTuple):
-    """A bad message."""
-
-    reason: str
-    payload: bytes
-    topic: str = "{prefix}/{device}/shadow/update"
-    properties: tuple[tuple[str, str], ...] = ()
-
-
-def reported(text: str, more: str = "") -> bytes:
-    return f'{{"state":{{"reported":{text}}}{more}}}'.encode()
-
-
-def nested(levels: int) -> str:
-    return '{"a":' * levels + "1" + "}" * levels
-
-
-def number(text: str) -> Bad:
-    return Bad("number_precision", reported(f'{{"n":{text}}}'))
-
-
-def at(stamp: str) -> bytes:
-    return reported('{"a":1}', f',"timestamp":{stamp}')
-
-
-NOW = int(time.time())
-GOOD = reported('{"a":1}')
-
-BAD = {
-    "nothing": Bad("empty_payload", b""),
-    "not UTF-8": Bad("not_utf8", b'{"state":{"reported":{"a":"\xff\xfe"}}}'),
-    "half a character": Bad("not_utf8", b'{"state":{"reported":{"a":"\xc3'),
-    "not JSON": Bad("not_json", b"on=true"),
-    "cut off": Bad("not_json", GOOD[:-2]),
-    "two documents": Bad("not_json", GOOD + GOOD),
-    "NaN": Bad("not_json", reported('{"a":NaN}')),
-    "infinity": Bad("not_json", reported('{"a":Infinity}')),
-    "a lone surrogate": Bad("not_json", reported(r'{"a":"\ud800"}')),
-    "a byte order mark": Bad("not_json", b"\xef\xbb\xbf" + GOOD),
-    "a raw NUL": Bad("not_json", reported('{"a":"\0"}')),
-    "an array": Bad("wrong_type", b"[1]"),
-    "a number": Bad("wrong_type", b"42"),
-    "no state": Bad("wrong_type", b'{"timestamp":1}'),
-    "a state that is text": Bad("wrong_type", b'{"state":"on"}'),
-    "a section that is an array": Bad("wrong_type", reported("[1]")),
-    "an unknown section": Bad("wrong_type", b'{"state":{"wanted":{"a":1}}}'),
-    "NUL in a key": Bad("bad_key", reported(r'{"a\u0000b":1}')),
-    "NUL in a key that is deleted": Bad("bad_key", reported(r'{"a":{"\u0000":null}}')),
-    "too deep": Bad("too_deep", reported(nested(MAX_DEPTH + 1))),
-    "an array too deep": Bad("too_deep", reported('{"a":' + "[" * 16 + "]" * 16 + "}")),
-    "absurdly deep": Bad("too_deep", reported('{"a":' + "[" * 20_000 + "]" * 20_000 + "}")),
-    "too many leaves": Bad(
-        "too_many_leaves", reported(json.dumps({f"k{key}": key for key in range(MAX_LEAVES + 1)}))
-    ),
-    "too many deletes": Bad(
-        "too_many_leaves", reported(json.dumps({f"k{key}": None for key in range(MAX_LEAVES + 1)}))
-    ),
-    "too large": Bad("payload_too_large", reported(f'{{"a":"{"x" * MAX_PAYLOAD_BYTES}"}}')),
-    "much too large": Bad("payload_too_large", b"x" * 1_000_000),
-    "a path too long": Bad("path_too_long", reported(f'{{"{"k" * MAX_PATH_BYTES}":1}}')),
-    "a path too long when escaped": Bad(
-        "path_too_long", reported(f'{{"{"/" * (MAX_PATH_BYTES // 2)}":1}}')
-    ),
-    "a path too long in UTF-8": Bad(
-        "path_too_long", reported(f'{{"{"😀" * (MAX_PATH_BYTES // 4)}":1}}')
-    ),
-    "a time that is text": Bad("bad_time", at('"now"')),
-    "a time that is null": Bad("bad_time", at("null")),
-    "a time that is true": Bad("bad_time", at("true")),
-    "a time before 1970": Bad("bad_time", at("-1")),
-    "time 0": Bad("bad_time", at("0")),
-    "a time beyond all": Bad("bad_time", at("9" * 19)),
-    "a version that is text": Bad(
-        "bad_time", reported('{"a":1}', f',"timestamp":{NOW},"version":"7"')
-    ),
-    "a negative version": Bad("bad_time", reported('{"a":1}', f',"timestamp":{NOW},"version":-1')),
-    "a bad time property": Bad("bad_time", GOOD, properties=(("timestamp", "soon"),)),
-    "a bad sequence property": Bad(
-        "bad_time", GOOD, properties=(("timestamp", str(NOW)), ("seq", "x"))
-    ),
-    "the future": Bad("time_in_future", at(str(NOW + 86_400))),
-    "the future in milliseconds": Bad("time_in_future", at(f"{NOW + 86_400}000")),
-    "the future by a property": Bad(
-        "time_in_future", GOOD, properties=(("timestamp", str(NOW + 86_400)),)
-    ),
-    "ancient": Bad("time_too_old", at("1500000000")),
-    "ancient in microseconds": Bad("time_too_old", at("1500000000000000")),
-    "above 64 bits": number("18446744073709551616"),
-    "below 64 bits": number("-9223372036854775809"),
-    "more digits than a double has": number("0.1234567890123456789"),
-    "a fraction of a large number": number("9007199254740993.5"),
-    "above a double": number("1e400"),
-    "below a double": number("1e-400"),
-    "a precise number in an array": number("[[0.30000000000000000001]]"),
-    "a space in the device's name": Bad("device_name", GOOD, "{prefix}/{device} x/shadow/update"),
-    "a device's name too long": Bad(
-        "device_name", GOOD, "{prefix}/{device}" + "x" * 128 + "/shadow/update"
-    ),
-    "a device's name that is ours": Bad("device_name", GOOD, "{prefix}/${device}/shadow/update"),
-    "a device's name not ASCII": Bad("device_name", GOOD, "{prefix}/{device}ü/shadow/update"),
-    "a bad shadow's name": Bad("topic", GOOD, "{prefix}/{device}/shadow/name/a b/update"),
-    "a shadow's name that is empty": Bad("topic", GOOD, "{prefix}/{device}/shadow/name//update"),
-}  # fmt: skip
 
 
 class Running(NamedTuple):
@@ -161,11 +54,8 @@ def running(
         migrated,
         name,
         MQTT__RECEIVE_MAXIMUM=RECEIVE_MAXIMUM,
-        SHADOW__MAX_PAYLOAD_BYTES=MAX_PAYLOAD_BYTES,
-        SHADOW__MAX_DEPTH=MAX_DEPTH,
-        SHADOW__MAX_LEAVES=MAX_LEAVES,
-        SHADOW__MAX_PATH_BYTES=MAX_PATH_BYTES,
         DEAD_LETTERS__MAX_PER_DEVICE_PER_MINUTE=MAX_PER_DEVICE_PER_MINUTE,
+        **LIMITS,
     )
     log = tmp_path_factory.mktemp("bad-documents") / "service.log"
     with ServiceProcess(settings, log) as service:
@@ -177,15 +67,6 @@ def running(
 def oracle(running: Running, broker: backing.Broker, cql: Any) -> Iterator[Oracle]:
     with Oracle(broker, cql, running.keyspace, running.prefix) as oracle:
         yield oracle
-
-
-def settle(service: ServiceProcess, oracle: Oracle) -> None:
-    """Wait until all is acknowledged, and see that the good neighbours are there."""
-    oracle.wait_taken()
-    oracle.wait_right()
-    service.wait_until(
-        lambda: service.metrics().total("deliveries_held") == 0, "nothing is held any more"
-    )
 
 
 @pytest.mark.parametrize(("kind", "qos"), [*((kind, 1) for kind in BAD), ("not JSON", 0)])
@@ -293,29 +174,15 @@ def test_more_poison_than_receive_maximum_does_not_stop_the_service(
 
 
 def test_what_cassandra_refuses_is_a_dead_letter_and_its_neighbours_are_written(
-    broker: backing.Broker,
-    own_cassandra: backing.Cassandra,
-    own_migrated: str,
-    unique: str,
-    tmp_path: Path,
+    serve_own: Serve, unique: str
 ) -> None:
     """One update is larger than that server's `max_mutation_size`, in a batch with others."""
-    settings = variables(
-        broker,
-        own_cassandra,
-        own_migrated,
-        unique,
+    with serve_own(
         SHADOW__MAX_PAYLOAD_BYTES=400_000,
         # All in one batch, which waits for company.
         CASSANDRA__BATCH_MAX_BYTES=1_000_000,
         CASSANDRA__LINGER_SECONDS=1,
-    )
-    with (
-        own_cassandra.session() as session,
-        Oracle(broker, session, own_migrated, unique) as oracle,
-        ServiceProcess(settings, tmp_path / "service.log") as service,
-    ):
-        service.wait_ready()
+    ) as (service, oracle):
         before = service.metrics()
         for number_ in range(5):
             oracle.update(f"{unique}-{number_}", {"reported": {"a": number_}})
@@ -338,29 +205,13 @@ def test_what_cassandra_refuses_is_a_dead_letter_and_its_neighbours_are_written(
         assert service.ready_reasons() == set()
 
 
-def test_a_batch_that_cassandra_finds_too_large_is_split(
-    broker: backing.Broker,
-    own_cassandra: backing.Cassandra,
-    own_migrated: str,
-    unique: str,
-    tmp_path: Path,
-) -> None:
+def test_a_batch_that_cassandra_finds_too_large_is_split(serve_own: Serve, unique: str) -> None:
     """Each update fits that server's `batch_size_fail_threshold`, all together do not."""
-    settings = variables(
-        broker,
-        own_cassandra,
-        own_migrated,
-        unique,
+    with serve_own(
         CASSANDRA__BATCH_MAX_BYTES=1_000_000,
         CASSANDRA__BATCH_MAX_PARTITIONS=100,
         CASSANDRA__LINGER_SECONDS=0.5,
-    )
-    with (
-        own_cassandra.session() as session,
-        Oracle(broker, session, own_migrated, unique) as oracle,
-        ServiceProcess(settings, tmp_path / "service.log") as service,
-    ):
-        service.wait_ready()
+    ) as (service, oracle):
         for number_ in range(50):
             oracle.update(f"{unique}-{number_}", {"reported": {"a": "x" * 2000}})
         settle(service, oracle)

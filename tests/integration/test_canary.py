@@ -16,7 +16,6 @@ import pytest
 
 from backing import Mosquitto
 from tests.memory_broker import MemoryBroker, Server, serve
-from tests.oracle import Oracle
 from tests.service import ServiceProcess, run_command, variables
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import backing
+    from tests.serving import Serve
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -98,33 +98,29 @@ def test_each_process_finds_its_own_updates_whoever_writes_them(
 
 
 def test_a_broker_that_refuses_the_canary_disturbs_nothing_else(
-    cassandra: backing.Database, migrated: str, cql: Any, unique: str, tmp_path: Path
+    serve: Serve, unique: str, tmp_path: Path
 ) -> None:
     rights = tmp_path / "acl"
     rights.write_text(f"topic read {unique}/#\ntopic readwrite {unique}/allowed/#\n")
-    with Mosquitto(extra_config=[f"acl_file {rights}"]) as broker:
-        settings = variables(broker, cassandra, migrated, unique, **CANARY)
-        with (
-            Oracle(broker, cql, migrated, unique) as oracle,
-            ServiceProcess(settings, tmp_path / "service.log") as service,
-        ):
-            service.wait_ready()
-            # This mosquitto closes the connection at the publish after one that it refused.
-            service.wait_until(
-                lambda: (
-                    service.metrics().total("canary_unpublished_total", reason="publish_refused")
-                    >= 3
-                ),
-                "the canary was refused three times",
-                limit_seconds=60,
-            )
-            oracle.update("allowed", {"reported": {"a": 1}})
-            oracle.wait_taken()
-            oracle.wait_right()
-            assert service.ready_reasons() == set()
-            assert service.metrics().total("canary_published_total") == 0
-            told = service.events("the canary is not published")
-            assert "SHADOWSVC_MQTT__USERNAME" in told[0]["advice"]
+    with (
+        Mosquitto(extra_config=[f"acl_file {rights}"]) as broker,
+        serve(broker, **CANARY) as (service, oracle),
+    ):
+        # This mosquitto closes the connection at the publish after one that it refused.
+        service.wait_until(
+            lambda: (
+                service.metrics().total("canary_unpublished_total", reason="publish_refused") >= 3
+            ),
+            "the canary was refused three times",
+            limit_seconds=60,
+        )
+        oracle.update("allowed", {"reported": {"a": 1}})
+        oracle.wait_taken()
+        oracle.wait_right()
+        assert service.ready_reasons() == set()
+        assert service.metrics().total("canary_published_total") == 0
+        told = service.events("the canary is not published")
+        assert "SHADOWSVC_MQTT__USERNAME" in told[0]["advice"]
 
 
 def test_a_subscription_that_was_only_granted_is_found_out_and_made(

@@ -17,15 +17,18 @@ from cassandra.concurrent import execute_concurrent_with_args
 
 from shadowsvc.store.deadletter import SHARDS
 from shadowsvc.store.migrate import migrations
+from tests.keyspaces import make_schema, migrated_keyspace
 from tests.oracle import Oracle
 from tests.proxied import Proxied
-from tests.service import COMMAND, ServiceProcess, _environment, run_command, variables
+from tests.service import COMMAND, ServiceProcess, environment, run_command, variables
+from tests.serving import serving, wait_nothing_held
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import backing
+    from tests.serving import Serve
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -88,9 +91,7 @@ class Running(NamedTuple):
     def settle(self) -> None:
         """Wait until all that was published is acknowledged."""
         self.oracle.wait_taken()
-        self.service.wait_until(
-            lambda: self.service.metrics().total("deliveries_held") == 0, "nothing is held"
-        )
+        wait_nothing_held(self.service)
 
     def letter(self, topic: str, payload: bytes, properties: Any = ()) -> Any:
         """Publish what becomes a dead letter; return its row, the ID as text."""
@@ -118,13 +119,8 @@ def many(count: int, **more: Any) -> bytes:
 @pytest.fixture(scope="module")
 def own_keyspace(cassandra: backing.Database) -> Iterator[str]:
     """A keyspace with no other letters."""
-    from tests.conftest import _migrate
-
-    name = f"d{uuid.uuid4().hex[:12]}"
-    _migrate(cassandra, name)
-    yield name
-    with cassandra.session() as session:
-        session.execute(f"DROP KEYSPACE {name}", timeout=60)
+    with migrated_keyspace(cassandra) as name:
+        yield name
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +172,7 @@ def test_a_letter_is_listed_and_shown_whole(running: Running, unique: str) -> No
 
     raw = subprocess.run(
         [*COMMAND, "dead-letters", "show", listed["id"], "--raw"],
-        env=_environment(letters.settings),
+        env=environment(letters.settings),
         stdout=subprocess.PIPE,
         timeout=60,
         check=True,
@@ -319,30 +315,18 @@ def test_what_is_still_no_update_stays_and_no_second_letter_is_made(
 
 
 def test_what_cassandra_refused_is_replayed_once_the_cause_is_mended(
-    broker: backing.Broker,
-    own_cassandra: backing.Cassandra,
-    own_migrated: str,
-    unique: str,
-    tmp_path: Path,
+    serve_own: Serve, own_migrated: str, unique: str
 ) -> None:
     """One request for all leaves is above that server's `max_mutation_size`; parts are not."""
-    settings = variables(
-        broker, own_cassandra, own_migrated, unique, CASSANDRA__BATCH_MAX_BYTES=1_000_000
-    )
     payload = {"state": {"reported": {"p" * 1000: {f"k{number}": 1 for number in range(300)}}}}
-    with (
-        own_cassandra.session() as session,
-        Oracle(broker, session, own_migrated, unique) as oracle,
-        ServiceProcess(settings, tmp_path / "service.log") as service,
-    ):
-        service.wait_ready()
+    with serve_own(CASSANDRA__BATCH_MAX_BYTES=1_000_000) as (service, oracle):
         oracle.raw(oracle.topic(unique), json.dumps(payload).encode())
         oracle.wait_taken()
         service.wait_until(
             lambda: service.metrics().total("dead_letters_total", reason="refused_by_store") == 1,
             "it is refused",
         )
-        letters = Letters(settings, session, own_migrated)
+        letters = Letters(service.settings, oracle.session, own_migrated)
         (listed,) = letters.listed("--device", unique)
         told = letters.replayed(listed["id"], code=1)
         assert told[listed["id"]]["reason_now"] == "refused_by_store"
@@ -387,13 +371,20 @@ PAYLOAD_BYTES = 10_000
 
 
 @pytest.fixture(scope="module")
-def flood(broker: backing.Broker, cassandra: backing.Database, cql: Any) -> Iterator[Hand]:
+def keyspace_by_hand(cassandra: backing.Database) -> Iterator[str]:
+    """A keyspace for letters that no service wrote."""
+    with migrated_keyspace(cassandra) as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
+def flood(
+    broker: backing.Broker, cassandra: backing.Database, keyspace_by_hand: str, cql: Any
+) -> Hand:
     """Ten thousand letters of three hours with 100 MB of payloads: a cause that was mended."""
     from shadowsvc.store.deadletter import DeadLetter
-    from tests.conftest import _migrate
 
-    keyspace = f"d{uuid.uuid4().hex[:12]}"
-    _migrate(cassandra, keyspace)
+    keyspace = keyspace_by_hand
     settings = variables(broker, cassandra, keyspace, "things")
     now_ms = int(time.time() * 1000)
     insert = cql.prepare(
@@ -423,8 +414,7 @@ def flood(broker: backing.Broker, cassandra: backing.Database, cql: Any) -> Iter
             )  # fmt: skip
 
     execute_concurrent_with_args(cql, insert, rows(), concurrency=32)
-    yield Hand(Letters(settings, cql, keyspace), now_ms)
-    cql.execute(f"DROP KEYSPACE {keyspace}", timeout=60)
+    return Hand(Letters(settings, cql, keyspace), now_ms)
 
 
 def memory_of(letters: Letters, *arguments: str) -> tuple[str, int]:
@@ -438,7 +428,7 @@ def memory_of(letters: Letters, *arguments: str) -> tuple[str, int]:
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "dead-letters", *arguments],
-        env=_environment(letters.settings),
+        env=environment(letters.settings),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -476,7 +466,7 @@ def test_ten_thousand_letters_are_replayed_without_holding_them(flood: Hand) -> 
 def start(letters: Letters, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*COMMAND, "dead-letters", *arguments],
-        env=_environment(letters.settings),
+        env=environment(letters.settings),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -578,16 +568,10 @@ def test_a_dead_letter_that_cassandra_does_not_take_holds_its_ack(
     tmp_path: Path,
 ) -> None:
     """The table is dropped under the service, and made again."""
-    from tests.conftest import _migrate
-
-    _migrate(cassandra, keyspace)
+    make_schema(cassandra, keyspace)
     table = next(one for one in migrations() if "dead_letter" in one.name).statements
-    settings = variables(broker, cassandra, keyspace, unique)
-    with (
-        Oracle(broker, cql, keyspace, unique) as oracle,
-        ServiceProcess(settings, tmp_path / "service.log") as service,
-    ):
-        service.wait_ready()
+    log = tmp_path / "service.log"
+    with serving(broker, cassandra, keyspace, unique, log, session=cql) as (service, oracle):
         cql.execute(f"DROP TABLE {keyspace}.dead_letter", timeout=60)
         before = service.metrics()
         oracle.raw(oracle.topic(unique), b"{")

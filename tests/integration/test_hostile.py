@@ -16,13 +16,14 @@ import pytest
 import backing
 from backing import Mosquitto
 from tests.certificates import LOCAL, Authority
-from tests.oracle import Oracle
-from tests.service import COMMAND, ServiceProcess, _environment, run_command, variables
+from tests.service import COMMAND, ServiceProcess, environment, run_command, variables
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from prometheus_client.samples import Sample
+
+    from tests.serving import Serve
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -66,20 +67,9 @@ def over_the_limit() -> dict[str, Case]:
     }
 
 
-def test_each_limit_takes_the_largest_and_rejects_the_next(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    cql: Any,
-    unique: str,
-    tmp_path: Path,
-) -> None:
+def test_each_limit_takes_the_largest_and_rejects_the_next(serve: Serve, unique: str) -> None:
     good, bad = at_the_limit(), over_the_limit()
-    with (
-        ServiceProcess(variables(broker, cassandra, migrated, unique), tmp_path / "log") as service,
-        Oracle(broker, cql, migrated, unique) as oracle,
-    ):
-        service.wait_ready()
+    with serve() as (service, oracle):
         for device, payload, properties in good.values():
             oracle.raw(oracle.topic(f"{unique}{device}"[-128:]), payload, properties=properties)
         for device, payload, properties in bad.values():
@@ -124,19 +114,8 @@ HOSTILE_NAMES = [
 ]
 
 
-def test_hostile_names_and_values_stay_data(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    cql: Any,
-    unique: str,
-    tmp_path: Path,
-) -> None:
-    with (
-        ServiceProcess(variables(broker, cassandra, migrated, unique), tmp_path / "log") as service,
-        Oracle(broker, cql, migrated, unique) as oracle,
-    ):
-        service.wait_ready()
+def test_hostile_names_and_values_stay_data(serve: Serve, unique: str) -> None:
+    with serve() as (service, oracle):
 
         def send(round_number: int) -> None:
             before = service.metrics().total("messages_acknowledged_total")
@@ -265,7 +244,7 @@ def run_for_a_moment(settings: Mapping[str, str], folder: Path) -> str:
     log = folder / "console"
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [*COMMAND, "run"], env=_environment(settings), stderr=stream, stdout=stream
+            [*COMMAND, "run"], env=environment(settings), stderr=stream, stdout=stream
         )
         try:
             for _ in range(400):
@@ -308,7 +287,7 @@ def on_a_terminal(settings: Mapping[str, str], *arguments: str) -> str:
     own, its = pty.openpty()
     process = subprocess.Popen(
         [*COMMAND, *arguments],
-        env={**_environment(settings), "COLUMNS": "400"},
+        env={**environment(settings), "COLUMNS": "400"},
         stdin=subprocess.DEVNULL,
         stdout=its,
         stderr=its,

@@ -16,12 +16,14 @@ import pytest
 from tests.oracle import Load, Oracle
 from tests.proxied import Proxied
 from tests.service import ServiceProcess, variables
+from tests.serving import settle, through
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
     import backing
+    from tests.serving import Serve
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -37,15 +39,6 @@ def works(service: ServiceProcess, since: float = 0) -> Callable[[], bool]:
     return lambda: service.metrics().total("updates_durable_total") > since
 
 
-def settle(service: ServiceProcess, oracle: Oracle) -> None:
-    """Wait until the broker has nothing left, and compare."""
-    oracle.wait_taken()
-    oracle.wait_right(60)
-    service.wait_until(
-        lambda: service.metrics().total("deliveries_held") == 0, "nothing is held any more"
-    )
-
-
 def assert_dead_letters(oracle: Oracle, load: Load, client_ids: list[str]) -> None:
     """See that every bad document is kept, once or (when it was repeated) more often."""
     found = {
@@ -59,25 +52,11 @@ def assert_dead_letters(oracle: Oracle, load: Load, client_ids: list[str]) -> No
 
 @pytest.mark.parametrize(("receive_maximum", "kills"), [(1000, 5), (5, 3)])
 def test_kill_9_at_any_moment_loses_nothing_that_the_broker_confirmed(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    cql: Any,
-    unique: str,
-    tmp_path: Path,
-    receive_maximum: int,
-    kills: int,
+    serve: Serve, unique: str, receive_maximum: int, kills: int
 ) -> None:
-    settings = variables(
-        broker, cassandra, migrated, unique, MQTT__RECEIVE_MAXIMUM=receive_maximum, **LIVES
-    )
     draw = random.Random()
     resumed = 0.0
-    with (
-        Oracle(broker, cql, migrated, unique) as oracle,
-        ServiceProcess(settings, tmp_path / "service.log") as service,
-    ):
-        service.wait_ready()
+    with serve(MQTT__RECEIVE_MAXIMUM=receive_maximum, **LIVES) as (service, oracle):
         with Load(oracle, unique) as load:
             for _ in range(kills):
                 service.wait_until(works(service), "it writes")
@@ -91,82 +70,53 @@ def test_kill_9_at_any_moment_loses_nothing_that_the_broker_confirmed(
                     service.wait_ready()
                     resumed += service.metrics().total("sessions_total", state="resumed")
         service.wait_ready()
-        settle(service, oracle)
+        settle(service, oracle, 60)
         assert resumed + service.metrics().total("sessions_total", state="resumed") > 0
         assert service.metrics().total("sessions_total", state="new") == 0
         assert_dead_letters(oracle, load, [unique])
 
 
 def test_kill_9_while_messages_are_held_has_them_repeated(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    cql: Any,
-    unique: str,
-    tmp_path: Path,
+    serve: Serve, cassandra: backing.Database, unique: str
 ) -> None:
     """Cassandra does not answer, so nothing may be acknowledged, however often the service dies."""
     count = 60
-    with Proxied(cassandra.contact_points[0], cassandra.port) as proxy:
-        settings = variables(
-            broker,
-            cassandra,
-            migrated,
-            unique,
-            CASSANDRA__CONTACT_POINTS="127.0.0.1",
-            CASSANDRA__PORT=proxy.port,
-            MQTT__RECEIVE_MAXIMUM=count // 2,
-            **LIVES,
+    more = LIVES | {"MQTT__RECEIVE_MAXIMUM": count // 2}
+    with (
+        Proxied(cassandra.contact_points[0], cassandra.port) as proxy,
+        serve(**more, **through(proxy)) as (service, oracle),
+    ):
+        proxy.do(lambda one: one.half_open())
+        for number in range(count):
+            oracle.update(f"{unique}-{number}", {"reported": {"n": number}})
+            oracle.raw(oracle.topic(f"{unique}-{number}"), b"bad %d" % number)
+        oracle.wait_taken()
+        service.wait_until(
+            lambda: service.metrics().total("deliveries_held") == count // 2,
+            "the budget is held",
         )
-        with (
-            Oracle(broker, cql, migrated, unique) as oracle,
-            ServiceProcess(settings, tmp_path / "service.log") as service,
-        ):
-            service.wait_ready()
-            proxy.do(lambda one: one.half_open())
-            for number in range(count):
-                oracle.update(f"{unique}-{number}", {"reported": {"n": number}})
-                oracle.raw(oracle.topic(f"{unique}-{number}"), b"bad %d" % number)
-            oracle.wait_taken()
-            service.wait_until(
-                lambda: service.metrics().total("deliveries_held") == count // 2,
-                "the budget is held",
-            )
-            assert service.metrics().total("messages_acknowledged_total") == 0
-            service.kill()
-            assert {sent.device for sent in oracle.sent} - {""} == {
-                one.device for one in oracle.differences()
-            }, "nothing is in Cassandra yet"
-            proxy.do(lambda one: one.heal())
-            service.start()
-            service.wait_ready()
-            settle(service, oracle)
-            figures = service.metrics()
-            assert figures.total("messages_received_total", dup="1") >= count // 2
-            assert figures.total("messages_acknowledged_total") == 2 * count
-            assert len(oracle.dead_letters(unique)) == count
+        assert service.metrics().total("messages_acknowledged_total") == 0
+        service.kill()
+        assert {sent.device for sent in oracle.sent} - {""} == {
+            one.device for one in oracle.differences()
+        }, "nothing is in Cassandra yet"
+        proxy.do(lambda one: one.heal())
+        service.start()
+        service.wait_ready()
+        settle(service, oracle, 60)
+        figures = service.metrics()
+        assert figures.total("messages_received_total", dup="1") >= count // 2
+        assert figures.total("messages_acknowledged_total") == 2 * count
+        assert len(oracle.dead_letters(unique)) == count
 
 
 @pytest.mark.parametrize("receive_maximum", [1000, 5])
 def test_sigterm_under_load_ends_with_0_and_loses_nothing(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    cql: Any,
-    unique: str,
-    tmp_path: Path,
-    receive_maximum: int,
+    serve: Serve, unique: str, receive_maximum: int
 ) -> None:
-    settings = variables(
-        broker, cassandra, migrated, unique, MQTT__RECEIVE_MAXIMUM=receive_maximum, **LIVES
-    )
     draw = random.Random()
     restarts = 3
-    with (
-        Oracle(broker, cql, migrated, unique) as oracle,
-        ServiceProcess(settings, tmp_path / "service.log") as service,
-    ):
-        service.wait_ready()
+    with serve(MQTT__RECEIVE_MAXIMUM=receive_maximum, **LIVES) as (service, oracle):
         with Load(oracle, unique) as load:
             for _ in range(restarts):
                 service.wait_until(works(service), "it writes")
@@ -174,7 +124,7 @@ def test_sigterm_under_load_ends_with_0_and_loses_nothing(
                 assert service.terminate() == 0
                 service.start()
                 service.wait_ready()
-        settle(service, oracle)
+        settle(service, oracle, 60)
         stops = service.events("stopped")
         assert [stop["drained"] for stop in stops] == [True] * restarts
         assert service.metrics().total("sessions_total", state="new") == 0
@@ -216,8 +166,8 @@ def test_of_two_services_in_a_group_one_may_be_killed(
             first.start()
             first.wait_ready()
             first.wait_until(works(first, 100), "the first has a share again")
-        settle(first, oracle)
-        settle(second, oracle)
+        settle(first, oracle, 60)
+        settle(second, oracle, 60)
         assert first.metrics().total("sessions_total", state="resumed") == 1
         assert second.metrics().total("disconnects_total") == 0
         assert_dead_letters(oracle, load, names)

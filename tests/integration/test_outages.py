@@ -7,14 +7,14 @@ Each test proves by the service's own figures that its fault happened.
 from __future__ import annotations
 
 import random
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from backing import Direction, Mosquitto
 from tests.oracle import Load, Oracle
-from tests.proxied import Proxied
+from tests.rig import RECEIVE_MAXIMUM, SCALED, Rig, rigged
 from tests.service import ServiceProcess, variables
 
 if TYPE_CHECKING:
@@ -23,83 +23,9 @@ if TYPE_CHECKING:
 
     import backing
     from backing import FaultProxy
+    from tests.serving import Serve
 
 pytestmark = pytest.mark.timeout(180)
-
-RECEIVE_MAXIMUM = 50
-PINGREQ = b"\xc0\x00"
-SCALED = {
-    "MQTT__KEEP_ALIVE_SECONDS": 2,
-    "MQTT__CONNECT_TIMEOUT_SECONDS": 3,
-    "MQTT__RECEIVE_MAXIMUM": RECEIVE_MAXIMUM,
-    "CASSANDRA__REQUEST_TIMEOUT_SECONDS": 1,
-    "DEAD_LETTERS__MAX_PER_DEVICE_PER_MINUTE": 1_000_000,
-}
-
-
-class Rig:
-    """A service with a proxy before its broker and one before its Cassandra, and an oracle."""
-
-    def __init__(
-        self,
-        service: ServiceProcess,
-        oracle: Oracle,
-        name: str,
-        broker_proxy: Proxied,
-        cassandra_proxy: Proxied,
-    ) -> None:
-        self.service = service
-        self.oracle = oracle
-        self.name = name
-        self.broker_proxy = broker_proxy
-        self.cassandra_proxy = cassandra_proxy
-        self.pings = 0
-
-    def publish(self, count: int) -> None:
-        """Publish updates of a few devices and wait until the broker has them."""
-        for number in range(count):
-            state = {"n": number, f"of-{number % 3}": number}
-            self.oracle.update(f"{self.name}-{number % 20}", {"reported": state})
-        self.oracle.wait_taken()
-
-    def wait_total(self, count: float, name: str, **labels: str) -> None:
-        """Wait until the total of a figure is at least `count`."""
-        self.service.wait_until(
-            lambda: self.service.metrics().total(name, **labels) >= count,
-            f"{name} {labels} is {count}",
-        )
-
-
-@contextmanager
-def rigged(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    keyspace: str,
-    name: str,
-    folder: Path,
-    **more: object,
-) -> Iterator[Rig]:
-    """Make a rig whose service was not started yet."""
-    with ExitStack() as stack:
-        rig: Rig
-
-        def tap(direction: Direction, data: bytes) -> None:
-            if direction is Direction.TO_SERVER and PINGREQ in data:
-                rig.pings += 1
-
-        broker_proxy = stack.enter_context(Proxied(broker.host, broker.port, tap))
-        cassandra_proxy = stack.enter_context(Proxied(cassandra.contact_points[0], cassandra.port))
-        proxied = {
-            "MQTT__URL": f"mqtt://127.0.0.1:{broker_proxy.port}",
-            "CASSANDRA__CONTACT_POINTS": "127.0.0.1",
-            "CASSANDRA__PORT": cassandra_proxy.port,
-        }
-        settings = variables(broker, cassandra, keyspace, name, **(SCALED | proxied | more))
-        session = stack.enter_context(cassandra.session())
-        service = ServiceProcess(settings, folder / "service.log")
-        oracle = Oracle(broker, session, keyspace, name)
-        rig = Rig(service, oracle, name, broker_proxy, cassandra_proxy)
-        yield rig
 
 
 @pytest.fixture
@@ -158,20 +84,10 @@ def test_a_broker_that_is_away_at_the_start_is_waited_for(
 
 
 def test_a_broker_that_stops_and_starts_again_costs_nothing(
-    own_broker: Mosquitto,
-    cassandra: backing.Database,
-    migrated: str,
-    cql: Any,
-    unique: str,
-    tmp_path: Path,
+    serve: Serve, own_broker: Mosquitto, unique: str
 ) -> None:
     own_broker.start()
-    settings = variables(own_broker, cassandra, migrated, unique, **SCALED)
-    with (
-        Oracle(own_broker, cql, migrated, unique) as oracle,
-        ServiceProcess(settings, tmp_path / "service.log") as service,
-    ):
-        service.wait_ready()
+    with serve(own_broker, **SCALED) as (service, oracle):
         before = service.metrics()
         with Load(oracle, unique):
             service.wait_until(
@@ -197,20 +113,10 @@ def test_a_broker_that_stops_and_starts_again_costs_nothing(
 
 
 def test_what_a_killed_broker_had_saved_arrives_after_its_restart(
-    own_broker: Mosquitto,
-    cassandra: backing.Database,
-    migrated: str,
-    cql: Any,
-    unique: str,
-    tmp_path: Path,
+    serve: Serve, own_broker: Mosquitto, unique: str
 ) -> None:
     own_broker.start()
-    settings = variables(own_broker, cassandra, migrated, unique, **SCALED)
-    with (
-        Oracle(own_broker, cql, migrated, unique) as oracle,
-        ServiceProcess(settings, tmp_path / "service.log") as service,
-    ):
-        service.wait_ready()
+    with serve(own_broker, **SCALED) as (service, oracle):
         service.pause()  # so that the broker has a queue beyond the Receive Maximum
         for number in range(10 * RECEIVE_MAXIMUM):
             oracle.update(f"{unique}-{number}", {"reported": {"a": number}})

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from backing import Mosquitto
-from tests.oracle import Load, Oracle
-from tests.service import ServiceProcess, run_command, variables
+from tests.oracle import Load
+from tests.service import ServiceProcess, run_command
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-    import backing
+    from backing import Mosquitto
     from tests.service import Figures
+    from tests.serving import Serve
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -31,13 +30,6 @@ SCALED = {
     "MQTT__RECEIVE_MAXIMUM": 50,
     "DEAD_LETTERS__MAX_PER_DEVICE_PER_MINUTE": 1_000_000,
 }
-
-
-@pytest.fixture
-def own_broker() -> Iterator[Mosquitto]:
-    """A broker that a test restarts; it keeps sessions in a file."""
-    with Mosquitto(persistent=True) as broker:
-        yield broker
 
 
 def pause(service: ServiceProcess, *arguments: str) -> str:
@@ -67,19 +59,9 @@ def wait_durable(service: ServiceProcess, count: int) -> None:
 
 
 def test_a_broker_restarted_inside_a_pause_loses_nothing(
-    own_broker: Mosquitto,
-    cassandra: backing.Database,
-    migrated: str,
-    cql: Any,
-    unique: str,
-    tmp_path: Path,
+    serve: Serve, own_broker: Mosquitto, unique: str
 ) -> None:
-    settings = variables(own_broker, cassandra, migrated, unique, **SCALED)
-    with (
-        Oracle(own_broker, cql, migrated, unique) as oracle,
-        ServiceProcess(settings, tmp_path / "service.log") as service,
-    ):
-        service.wait_ready()
+    with serve(own_broker, **SCALED) as (service, oracle):
         with Load(oracle, unique):
             wait_durable(service, 200)
             for number in range(1, 3):
@@ -106,20 +88,8 @@ def test_a_broker_restarted_inside_a_pause_loses_nothing(
         assert figures.total("pause_left_seconds") == 0
 
 
-def test_a_pause_ends_by_itself_and_asking_again_makes_it_longer(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    cql: Any,
-    unique: str,
-    tmp_path: Path,
-) -> None:
-    settings = variables(broker, cassandra, migrated, unique, **SCALED)
-    with (
-        Oracle(broker, cql, migrated, unique) as oracle,
-        ServiceProcess(settings, tmp_path / "service.log") as service,
-    ):
-        service.wait_ready()
+def test_a_pause_ends_by_itself_and_asking_again_makes_it_longer(serve: Serve, unique: str) -> None:
+    with serve(**SCALED) as (service, oracle):
         pause(service, "--seconds", "6")
         pause(service, "--seconds", "12")
         assert 6 < status(service)["left_seconds"] <= 12
@@ -133,20 +103,8 @@ def test_a_pause_ends_by_itself_and_asking_again_makes_it_longer(
         assert service.metrics().total("pauses_total") == 1
 
 
-def test_sigterm_inside_a_pause_ends_with_0_and_loses_nothing(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    cql: Any,
-    unique: str,
-    tmp_path: Path,
-) -> None:
-    settings = variables(broker, cassandra, migrated, unique, **SCALED)
-    with (
-        Oracle(broker, cql, migrated, unique) as oracle,
-        ServiceProcess(settings, tmp_path / "service.log") as service,
-    ):
-        service.wait_ready()
+def test_sigterm_inside_a_pause_ends_with_0_and_loses_nothing(serve: Serve, unique: str) -> None:
+    with serve(**SCALED) as (service, oracle):
         with Load(oracle, unique):
             wait_durable(service, 100)
             pause(service, "--seconds", "300")
@@ -160,12 +118,7 @@ def test_sigterm_inside_a_pause_ends_with_0_and_loses_nothing(
 
 
 def test_a_pause_longer_than_a_lease_keeps_the_slot_and_its_session(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    cql: Any,
-    unique: str,
-    tmp_path: Path,
+    serve: Serve, unique: str, tmp_path: Path
 ) -> None:
     slots = {
         "MQTT__CLIENT_ID": "",
@@ -174,16 +127,11 @@ def test_a_pause_longer_than_a_lease_keeps_the_slot_and_its_session(
         "SLOTS__RENEW_SECONDS": 0.5,
         "SLOTS__ORPHAN_AFTER_SECONDS": 4,
     }
-    settings = variables(broker, cassandra, migrated, unique, **SCALED, **slots)
-    with (
-        Oracle(broker, cql, migrated, unique) as oracle,
-        ServiceProcess(settings, tmp_path / "paused.log") as service,
-    ):
-        service.wait_ready()
+    with serve(**SCALED, **slots) as (service, oracle):
         pause(service, "--seconds", "300")
         oracle.update(unique, {"reported": {"a": 1}})
         oracle.wait_taken()
-        with ServiceProcess(settings, tmp_path / "other.log") as other:
+        with ServiceProcess(service.settings, tmp_path / "other.log") as other:
             other.wait_ready()
             service.wait_until(
                 lambda: status(service)["left_seconds"] < 292, "it was away for two leases"
@@ -200,21 +148,9 @@ def test_a_pause_longer_than_a_lease_keeps_the_slot_and_its_session(
 
 
 def test_subscribing_again_under_load_neither_repeats_nor_loses_anything(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    cql: Any,
-    unique: str,
-    tmp_path: Path,
+    serve: Serve, unique: str
 ) -> None:
-    settings = variables(
-        broker, cassandra, migrated, unique, **SCALED, MQTT__RESUBSCRIBE_SECONDS=0.05
-    )
-    with (
-        Oracle(broker, cql, migrated, unique) as oracle,
-        ServiceProcess(settings, tmp_path / "service.log") as service,
-    ):
-        service.wait_ready()
+    with serve(**SCALED, MQTT__RESUBSCRIBE_SECONDS=0.05) as (service, oracle):
         # A queue to resume with, and a resumed subscription that is subscribed again.
         pause(service, "--seconds", "60")
         with Load(oracle, unique):

@@ -83,8 +83,8 @@ async def test_no_more_than_the_window_is_in_flight_and_all_arrive_once_in_order
             for number in range(200):
                 answers.append(await publisher.send("window", b"%d" % number))
                 highest = max(highest, publisher.in_flight)
-            assert await publisher.drain(5)
-            assert [answer.result() for answer in answers] == [SUCCESS] * 200
+            assert await asyncio.wait_for(asyncio.gather(*answers), 5) == [SUCCESS] * 200
+            assert publisher.in_flight == 0
         assert highest == 5
         seen = [int(bytes((await anext(client.messages)).payload)) for _ in range(200)]
     assert seen == list(range(200))
@@ -94,10 +94,12 @@ async def test_the_brokers_receive_maximum_is_kept() -> None:
     with Mosquitto(extra_config=["max_inflight_messages 7"]) as broker:
         async with Publisher(settings(broker), client_id="maximum") as publisher:
             highest = 0
+            answers = []
             for _ in range(50):
-                await publisher.send("maximum", b"x")
+                answers.append(await publisher.send("maximum", b"x"))
                 highest = max(highest, publisher.in_flight)
-            assert await publisher.drain(5)
+            await asyncio.wait_for(asyncio.gather(*answers), 5)
+            assert publisher.in_flight == 0
         assert highest == 7
 
 

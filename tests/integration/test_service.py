@@ -16,12 +16,14 @@ from shadowsvc import __version__
 from tests.oracle import Oracle
 from tests.proxied import Proxied
 from tests.service import Figures, ServiceProcess, run_command, variables
+from tests.serving import settle, through
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     import backing
+    from tests.serving import Serve
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -65,15 +67,6 @@ def service(running: Running) -> ServiceProcess:
 def oracle(running: Running, broker: backing.Broker, cql: Any) -> Iterator[Oracle]:
     with Oracle(broker, cql, running.keyspace, running.prefix) as oracle:
         yield oracle
-
-
-def settle(service: ServiceProcess, oracle: Oracle) -> None:
-    """Wait until all is in Cassandra and nothing is on its way in the service."""
-    oracle.wait_taken()
-    oracle.wait_right()
-    service.wait_until(
-        lambda: service.metrics().total("deliveries_held") == 0, "nothing is held any more"
-    )
 
 
 # ------------------------------------------------------------------ ways of publishing
@@ -498,20 +491,9 @@ def test_migrate_on_start_makes_the_schema(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_what_is_in_flight_and_ends_with_0(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    unique: str,
-    cql: Any,
-    tmp_path: Path,
-    number: signal.Signals,
+    serve: Serve, unique: str, number: signal.Signals
 ) -> None:
-    settings = variables(broker, cassandra, migrated, unique, CASSANDRA__LINGER_SECONDS=1)
-    with (
-        Oracle(broker, cql, migrated, unique) as oracle,
-        ServiceProcess(settings, tmp_path / "service.log") as service,
-    ):
-        service.wait_ready()
+    with serve(CASSANDRA__LINGER_SECONDS=1) as (service, oracle):
         for one in range(20):
             oracle.update(f"{unique}-{one}", {REPORTED: {"a": one}})
         oracle.wait_taken()
@@ -529,82 +511,50 @@ def test_a_signal_finishes_what_is_in_flight_and_ends_with_0(
 
 
 def test_a_second_signal_ends_it_at_once(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    unique: str,
-    cql: Any,
-    tmp_path: Path,
+    serve: Serve, cassandra: backing.Database, unique: str
 ) -> None:
-    with Proxied(cassandra.contact_points[0], cassandra.port) as proxy:
-        settings = variables(
-            broker,
-            cassandra,
-            migrated,
-            unique,
-            CASSANDRA__CONTACT_POINTS="127.0.0.1",
-            CASSANDRA__PORT=proxy.port,
-            LIMITS__DRAIN_TIMEOUT_SECONDS=600,
+    with (
+        Proxied(cassandra.contact_points[0], cassandra.port) as proxy,
+        serve(LIMITS__DRAIN_TIMEOUT_SECONDS=600, **through(proxy)) as (service, oracle),
+    ):
+        proxy.do(lambda one: one.hold())  # so that draining can't end
+        oracle.update(unique, {REPORTED: {"a": 1}})
+        oracle.wait_taken()
+        service.wait_until(
+            lambda: service.metrics().total("deliveries_held") == 1, "the update is held"
         )
-        with (
-            Oracle(broker, cql, migrated, unique) as oracle,
-            ServiceProcess(settings, tmp_path / "service.log") as service,
-        ):
-            service.wait_ready()
-            proxy.do(lambda one: one.hold())  # so that draining can't end
-            oracle.update(unique, {REPORTED: {"a": 1}})
-            oracle.wait_taken()
-            service.wait_until(
-                lambda: service.metrics().total("deliveries_held") == 1, "the update is held"
-            )
-            service.signal(signal.SIGTERM)
-            service.wait_until(
-                lambda: "draining" in service.ready_reasons(), "/readyz says that it drains"
-            )
-            assert service.live()
-            assert service.terminate() == 128 + signal.SIGTERM
-            # Unacknowledged, so it stayed with the broker, whole.
-            proxy.do(lambda one: one.heal())
-            service.start()
-            service.wait_ready()
-            settle(service, oracle)
+        service.signal(signal.SIGTERM)
+        service.wait_until(
+            lambda: "draining" in service.ready_reasons(), "/readyz says that it drains"
+        )
+        assert service.live()
+        assert service.terminate() == 128 + signal.SIGTERM
+        # Unacknowledged, so it stayed with the broker, whole.
+        proxy.do(lambda one: one.heal())
+        service.start()
+        service.wait_ready()
+        settle(service, oracle)
 
 
 def test_it_ends_with_0_when_cassandra_is_away_and_the_deadline_has_come(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    unique: str,
-    cql: Any,
-    tmp_path: Path,
+    serve: Serve, cassandra: backing.Database, unique: str
 ) -> None:
-    with Proxied(cassandra.contact_points[0], cassandra.port) as proxy:
-        settings = variables(
-            broker,
-            cassandra,
-            migrated,
-            unique,
-            CASSANDRA__CONTACT_POINTS="127.0.0.1",
-            CASSANDRA__PORT=proxy.port,
-            LIMITS__DRAIN_TIMEOUT_SECONDS=1,
+    with (
+        Proxied(cassandra.contact_points[0], cassandra.port) as proxy,
+        serve(LIMITS__DRAIN_TIMEOUT_SECONDS=1, **through(proxy)) as (service, oracle),
+    ):
+        proxy.do(lambda one: one.hold())
+        oracle.update(unique, {REPORTED: {"a": 1}})
+        oracle.wait_taken()
+        service.wait_until(
+            lambda: service.metrics().total("deliveries_held") == 1, "the update is held"
         )
-        with (
-            Oracle(broker, cql, migrated, unique) as oracle,
-            ServiceProcess(settings, tmp_path / "service.log") as service,
-        ):
-            service.wait_ready()
-            proxy.do(lambda one: one.hold())
-            oracle.update(unique, {REPORTED: {"a": 1}})
-            oracle.wait_taken()
-            service.wait_until(
-                lambda: service.metrics().total("deliveries_held") == 1, "the update is held"
-            )
-            assert service.terminate() == 0
-            (stopped,) = service.events("stopped")
-            assert stopped["drained"] is False
-            assert stopped["left_to_the_broker"] == 1
-            assert stopped["acknowledged"] == 0
-            proxy.do(lambda one: one.heal())
-            service.start()
-            service.wait_ready()
-            settle(service, oracle)
+        assert service.terminate() == 0
+        (stopped,) = service.events("stopped")
+        assert stopped["drained"] is False
+        assert stopped["left_to_the_broker"] == 1
+        assert stopped["acknowledged"] == 0
+        proxy.do(lambda one: one.heal())
+        service.start()
+        service.wait_ready()
+        settle(service, oracle)

@@ -10,134 +10,37 @@ import json
 import signal
 import time
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import pytest
 
-from tests.oracle import Load, Oracle
+from tests.group import LEASE_SECONDS, Group, client_id, writes
+from tests.oracle import Load
 from tests.proxied import Proxied
-from tests.service import ServiceProcess, run_command, variables
+from tests.service import run_command
+from tests.serving import through
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from contextlib import AbstractContextManager
 
     import backing
+    from tests.group import MakeGroup
+    from tests.service import ServiceProcess
+
+    MakeBehind: TypeAlias = Callable[..., AbstractContextManager["Behind"]]
 
 pytestmark = pytest.mark.timeout(240)
 
-LEASE_SECONDS = 4
-SCALED = {
-    "MQTT__CLIENT_ID": "",
-    "MQTT__KEEP_ALIVE_SECONDS": 2,
-    "MQTT__CONNECT_TIMEOUT_SECONDS": 3,
-    "CASSANDRA__REQUEST_TIMEOUT_SECONDS": 1,
-    "CASSANDRA__CONNECT_TIMEOUT_SECONDS": 2,
-    "DEAD_LETTERS__MAX_PER_DEVICE_PER_MINUTE": 1_000_000,
-    "SLOTS__LEASE_SECONDS": LEASE_SECONDS,
-    "SLOTS__RENEW_SECONDS": 0.5,
-    "SLOTS__ORPHAN_AFTER_SECONDS": 500,
-}
-
-
-class Group:
-    """Services of one group, an oracle, and what the table says."""
-
-    def __init__(
-        self,
-        broker: backing.Broker,
-        cassandra: backing.Database,
-        keyspace: str,
-        session: Any,
-        name: str,
-        folder: Path,
-        more: dict[str, object],
-    ) -> None:
-        self.name = name
-        self.keyspace = keyspace
-        self.session = session
-        self.oracle = Oracle(broker, session, keyspace, name)
-        self.settings = variables(broker, cassandra, keyspace, name, **(SCALED | more))
-        self._folder = folder
-        self._made = 0
-
-    def service(self, **more: object) -> ServiceProcess:
-        """Make one more."""
-        self._made += 1
-        settings = {f"SHADOWSVC_{key}": str(value) for key, value in more.items()}
-        return ServiceProcess(self.settings | settings, self._folder / f"{self._made}.log")
-
-    def owners(self) -> dict[str, str | None]:
-        """Return who has which slot, as the command shows it."""
-        done = run_command(self.settings, "slots", "--json")
-        assert done.returncode == 0, done.stderr
-        return {slot["name"]: slot["owner"] for slot in json.loads(done.stdout)["slots"]}
-
-    def wait_free(self, number: int, limit_seconds: float = 60) -> None:
-        """Wait until a lease has ended."""
-        deadline = time.monotonic() + limit_seconds
-        while True:
-            row = self.session.execute(
-                f"SELECT lease FROM {self.keyspace}.slot WHERE share_group = %s "  # noqa: S608
-                "AND broker = 'default' AND number = %s",
-                (self.name, number),
-            ).one()
-            if row[0] is None:
-                return
-            assert time.monotonic() < deadline, f"slot {number} does not get free"
-            time.sleep(0.1)
-
-    def settle(self, *services: ServiceProcess) -> None:
-        """Wait until everything is in Cassandra, and compare."""
-        self.oracle.wait_taken()
-        self.oracle.wait_right(60)
-        for service in services:
-            service.wait_until(
-                lambda service=service: service.metrics().total("deliveries_held") == 0,
-                "nothing is held any more",
-            )
-
-
-@contextmanager
-def grouped(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    keyspace: str,
-    name: str,
-    folder: Path,
-    **more: object,
-) -> Iterator[Group]:
-    with cassandra.session() as session:
-        group = Group(broker, cassandra, keyspace, session, name, folder, more)
-        with group.oracle:
-            yield group
-
 
 @pytest.fixture
-def group(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    unique: str,
-    tmp_path: Path,
-) -> Iterator[Group]:
-    with grouped(broker, cassandra, migrated, unique, tmp_path) as made:
+def group(make_group: MakeGroup) -> Iterator[Group]:
+    with make_group() as made:
         yield made
-
-
-def client_id(service: ServiceProcess) -> str:
-    """Return the client id of the last slot that it took."""
-    return str(service.events("slot taken")[-1]["slot"])
 
 
 def in_state(service: ServiceProcess, state: str) -> Callable[[], bool]:
     return lambda: service.metrics().total("slot_state", state=state) == 1
-
-
-def writes(service: ServiceProcess, more: float) -> Callable[[], bool]:
-    """Return the question whether it has written so much more than now."""
-    before = service.metrics().total("updates_durable_total")
-    return lambda: service.metrics().total("updates_durable_total") >= before + more
 
 
 def test_two_that_start_at_once_have_client_ids_of_their_own_and_share_the_work(
@@ -207,22 +110,11 @@ def test_kill_9_leaves_the_slot_until_its_lease_ends_and_then_its_session_is_res
 
 
 def test_kill_9_and_a_start_at_once_takes_another_slot_and_the_old_one_finds_an_owner(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    unique: str,
-    tmp_path: Path,
+    make_group: MakeGroup,
 ) -> None:
     with (
-        grouped(
-            # Longer than a start takes on a busy machine.
-            broker,
-            cassandra,
-            migrated,
-            unique,
-            tmp_path,
-            SLOTS__LEASE_SECONDS=20,
-        ) as group,
+        # Longer than a start takes on a busy machine.
+        make_group(SLOTS__LEASE_SECONDS=20) as group,
         group.service() as first,
         group.service() as second,
         ExitStack() as later,
@@ -295,16 +187,10 @@ def test_who_was_paused_beyond_its_lease_and_finds_its_slot_free_stays(group: Gr
 
 
 def test_one_service_more_than_slots_waits_and_says_which_setting_to_raise(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    unique: str,
-    tmp_path: Path,
+    make_group: MakeGroup,
 ) -> None:
     with ExitStack() as stack:
-        group = stack.enter_context(
-            grouped(broker, cassandra, migrated, unique, tmp_path, SLOTS__MAX_SLOTS=1)
-        )
+        group = stack.enter_context(make_group(SLOTS__MAX_SLOTS=1))
         first = stack.enter_context(group.service())
         first.wait_ready()  # else the other one may have the slot
         second = stack.enter_context(group.service())
@@ -314,11 +200,11 @@ def test_one_service_more_than_slots_waits_and_says_which_setting_to_raise(
         assert "SHADOWSVC_SLOTS__MAX_SLOTS" in detail
         assert second.live()
         assert second.metrics().total("slot_state", state="full") == 1
-        group.oracle.update(f"{unique}-1", {"reported": {"n": 1}})
+        group.oracle.update(f"{group.name}-1", {"reported": {"n": 1}})
         group.settle(first)
         name = client_id(first)
         first.kill()
-        group.oracle.update(f"{unique}-1", {"reported": {"n": 2}})
+        group.oracle.update(f"{group.name}-1", {"reported": {"n": 2}})
         second.wait_ready()
         assert client_id(second) == name
         assert second.metrics().total("sessions_total", state="resumed") == 1
@@ -329,26 +215,32 @@ def test_one_service_more_than_slots_waits_and_says_which_setting_to_raise(
         assert first.terminate() == 0
 
 
-@contextmanager
+class Behind(NamedTuple):
+    """A group, a proxy before its Cassandra and one before its broker, and their addresses."""
+
+    group: Group
+    store: Proxied
+    mqtt: Proxied
+    addresses: dict[str, object]
+
+
+@pytest.fixture
 def behind(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    keyspace: str,
-    name: str,
-    folder: Path,
-    **more: object,
-) -> Iterator[tuple[Group, Proxied, Proxied, dict[str, object]]]:
-    """Give a group, a proxy before its Cassandra and one before its broker, and their addresses."""
-    with ExitStack() as stack:
-        store = stack.enter_context(Proxied(cassandra.contact_points[0], cassandra.port))
-        mqtt = stack.enter_context(Proxied(broker.host, broker.port))
-        group = stack.enter_context(grouped(broker, cassandra, keyspace, name, folder, **more))
-        addresses = {
-            "MQTT__URL": f"mqtt://127.0.0.1:{mqtt.port}",
-            "CASSANDRA__CONTACT_POINTS": "127.0.0.1",
-            "CASSANDRA__PORT": store.port,
-        }
-        yield group, store, mqtt, addresses
+    make_group: MakeGroup, broker: backing.Broker, cassandra: backing.Database
+) -> MakeBehind:
+    """Makes a group that may have its servers taken away; with these settings."""
+
+    @contextmanager
+    def make(**settings: object) -> Iterator[Behind]:
+        with (
+            Proxied(cassandra.contact_points[0], cassandra.port) as store,
+            Proxied(broker.host, broker.port) as mqtt,
+            make_group(**settings) as group,
+        ):
+            addresses = {"MQTT__URL": f"mqtt://127.0.0.1:{mqtt.port}", **through(store)}
+            yield Behind(group, store, mqtt, addresses)
+
+    return make
 
 
 def cut(store: Proxied) -> None:
@@ -362,14 +254,10 @@ def heal(store: Proxied) -> None:
 
 
 def test_cassandra_away_beyond_the_lease_costs_no_connection_while_it_lasts(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    unique: str,
-    tmp_path: Path,
+    behind: MakeBehind, unique: str
 ) -> None:
     with (
-        behind(broker, cassandra, migrated, unique, tmp_path) as (group, store, _, addresses),
+        behind() as (group, store, _, addresses),
         group.service(**addresses) as service,
     ):
         service.wait_ready()
@@ -393,14 +281,10 @@ def test_cassandra_away_beyond_the_lease_costs_no_connection_while_it_lasts(
 
 
 def test_without_a_lease_and_without_cassandra_nobody_connects(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    unique: str,
-    tmp_path: Path,
+    behind: MakeBehind, unique: str
 ) -> None:
     with (
-        behind(broker, cassandra, migrated, unique, tmp_path) as (group, store, mqtt, addresses),
+        behind() as (group, store, mqtt, addresses),
         group.service(**addresses) as service,
     ):
         service.wait_ready()
@@ -430,19 +314,14 @@ def test_without_a_lease_and_without_cassandra_nobody_connects(
 @pytest.mark.slow
 @pytest.mark.parametrize("own", [False, True], ids=["slots", "client ids"])
 def test_below_the_limit_an_outage_isolates_nobody_and_above_it_others_take_over(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
+    behind: MakeBehind,
     unique: str,
-    tmp_path: Path,
     own: bool,  # noqa: FBT001 - a parameter
 ) -> None:
     limit = 8
     ids = [{"MQTT__CLIENT_ID": f"{unique}-{name}"} if own else {} for name in "ab"]
     with (
-        behind(
-            broker, cassandra, migrated, unique, tmp_path, LIMITS__ISOLATE_AFTER_SECONDS=limit
-        ) as (group, store, _, addresses),
+        behind(LIMITS__ISOLATE_AFTER_SECONDS=limit) as (group, store, _, addresses),
         group.service(**addresses, **ids[0]) as cutoff,
         group.service(**ids[1]) as other,
     ):
@@ -482,19 +361,10 @@ def test_below_the_limit_an_outage_isolates_nobody_and_above_it_others_take_over
 
 
 def test_when_all_are_isolated_all_come_back_and_nothing_is_lost(
-    broker: backing.Broker,
-    cassandra: backing.Database,
-    migrated: str,
-    unique: str,
-    tmp_path: Path,
+    behind: MakeBehind, unique: str
 ) -> None:
     with (
-        behind(broker, cassandra, migrated, unique, tmp_path, LIMITS__ISOLATE_AFTER_SECONDS=3) as (
-            group,
-            store,
-            _,
-            addresses,
-        ),
+        behind(LIMITS__ISOLATE_AFTER_SECONDS=3) as (group, store, _, addresses),
         group.service(**addresses) as first,
         group.service(**addresses) as second,
     ):

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from backing import Direction
-from tests.integration.test_outages import Rig, rigged
-from tests.oracle import Load, Oracle
-from tests.service import ServiceProcess, variables
+from tests.oracle import Load
+from tests.rig import Rig, rigged
+from tests.serving import wait_nothing_held
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     import backing
+    from tests.serving import Serve
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -179,31 +180,17 @@ def test_an_outage_longer_than_a_wedge_is_none(rig: Rig) -> None:
 
 
 def test_more_that_cassandra_refuses_than_receive_maximum_costs_the_neighbours_nothing(
-    broker: backing.Broker,
-    own_cassandra: backing.Cassandra,
-    own_migrated: str,
-    unique: str,
-    tmp_path: Path,
+    serve_own: Serve, unique: str
 ) -> None:
     """That server takes no mutation above 200 KiB and no batch above 20 KiB."""
     receive_maximum = 10
-    settings = variables(
-        broker,
-        own_cassandra,
-        own_migrated,
-        unique,
+    with serve_own(
         MQTT__RECEIVE_MAXIMUM=receive_maximum,
         SHADOW__MAX_PAYLOAD_BYTES=400_000,
         CASSANDRA__BATCH_MAX_BYTES=1_000_000,
         CASSANDRA__LINGER_SECONDS=0.05,
         DEAD_LETTERS__MAX_PER_DEVICE_PER_MINUTE=1000,
-    )
-    with (
-        own_cassandra.session() as session,
-        Oracle(broker, session, own_migrated, unique) as oracle,
-        ServiceProcess(settings, tmp_path / "service.log") as service,
-    ):
-        service.wait_ready()
+    ) as (service, oracle):
         before = service.metrics()
         refused = {}
         for number in range(3 * receive_maximum):
@@ -215,9 +202,7 @@ def test_more_that_cassandra_refuses_than_receive_maximum_costs_the_neighbours_n
             oracle.update(f"{unique}-{number}", {"reported": {"a": number}})
         oracle.wait_taken(60)
         oracle.wait_right(60)
-        service.wait_until(
-            lambda: service.metrics().total("deliveries_held") == 0, "nothing is held any more", 60
-        )
+        wait_nothing_held(service, 60)
         letters = oracle.dead_letters(unique)
         assert {one.device: one.payload_sha256 for one in letters} == refused
         assert len(letters) == len(refused)

@@ -7,14 +7,13 @@ names of their own, since nothing can be looked at in a namespace that is not th
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import uuid
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
+from tests.kubernetes.kubectl import attempt, kubectl, render, require_api
 from tests.kubernetes.manifests import K8S, OVERLAYS, overlay
 
 if TYPE_CHECKING:
@@ -27,36 +26,16 @@ OPERATORS = {"monitoring.coreos.com/v1": "the Prometheus operator", "keda.sh/v1a
 """Kinds of operators, that a server knows only with their definitions."""
 
 
-def kubectl(*arguments: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["kubectl", "--request-timeout=60s", *arguments],
-        input=given,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
-def render(folder: Path) -> list[dict[str, Any]]:
-    done = kubectl("kustomize", str(folder))
-    assert done.returncode == 0, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
-
-
 @pytest.fixture(autouse=True)
 def _an_api() -> None:
-    if not os.environ.get("KUBECONFIG"):
-        pytest.fail("KUBECONFIG is not set: these tests need a Kubernetes API")
-    if not shutil.which("kubectl"):
-        pytest.fail("there is no kubectl: these tests need it")
+    require_api()
 
 
 @pytest.fixture
 def prefix() -> Iterator[str]:
     name = f"t{uuid.uuid4().hex[:8]}-"
     yield name
-    found = kubectl("get", "namespaces", "-o", "name").stdout.split()
+    found = kubectl("get", "namespaces", "-o", "name").split()
     ours = [each for each in found if each.startswith(f"namespace/{name}")]
     if ours:
         kubectl("delete", "--wait=false", *ours)
@@ -78,9 +57,8 @@ def dry_run(objects: list[dict[str, Any]], prefix: str) -> str:
         moved(each, prefix)
     namespaces = [each for each in objects if each["kind"] == "Namespace"]
     others = [each for each in objects if each["kind"] != "Namespace"]
-    done = kubectl("apply", "--server-side", "-f", "-", given=yaml.safe_dump_all(namespaces))
-    assert done.returncode == 0, done.stderr
-    done = kubectl(
+    kubectl("apply", "--server-side", "-f", "-", given=yaml.safe_dump_all(namespaces))
+    done = attempt(
         "apply",
         "--server-side",
         "--dry-run=server",
@@ -88,6 +66,7 @@ def dry_run(objects: list[dict[str, Any]], prefix: str) -> str:
         "-f",
         "-",
         given=yaml.safe_dump_all(others),
+        limit_seconds=120,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("serverside-applied") == len(others), done.stdout
@@ -136,12 +115,11 @@ def test_an_account_may_do_what_it_needs_and_no_more(
         moved(each, prefix)
         for subject in each.get("subjects", ()):
             subject["namespace"] = prefix + subject["namespace"]
-    done = kubectl("apply", "--server-side", "-f", "-", given=yaml.safe_dump_all(objects))
-    assert done.returncode == 0, done.stderr
+    kubectl("apply", "--server-side", "-f", "-", given=yaml.safe_dump_all(objects))
     asked = ("endpointslices.discovery.k8s.io", "pods", "statefulsets.apps", "secrets")
     for resource in asked:
         for verb in ("get", "list", "watch", "delete"):
-            said = kubectl(
+            said = attempt(
                 "auth", "can-i", verb, resource, f"--namespace={prefix}shadowsvc",
                 f"--as=system:serviceaccount:{prefix}{home}:{account}",
             )  # fmt: skip

@@ -35,6 +35,7 @@ from shadowsvc.shadow.document import Decoder, Limits
 from shadowsvc.shadow.topic import TopicParser
 from shadowsvc.store.batch import Batcher
 from tests.faulty_store import AWAY, FaultyStore
+from tests.line import check_accounts
 from tests.memory_broker import ClientSession, Link, MemoryBroker, Message
 
 if TYPE_CHECKING:
@@ -405,24 +406,15 @@ class Ways(RuleBasedStateMachine):
 
     @invariant()
     def every_delivery_is_accounted_for(self) -> None:
-        ledger = self.ledger
-        unsent = sum(delivery.done for delivery in ledger._queue)
-        assert ledger.received == (
-            ledger.acknowledged
-            + ledger.stale
-            + ledger.abandoned
-            + ledger.done_without_ack
-            + ledger.held
-            + unsent
-        )
+        check_accounts(self.ledger)
         metrics = self.metrics
-        assert sum(metrics.messages) == ledger.received + metrics.qos0_dropped
-        assert ledger.held_bytes >= 0
-        assert ledger.last_copies >= 0
+        assert sum(metrics.messages) == self.ledger.received + metrics.qos0_dropped
 
     @invariant()
     def memory_is_bounded(self) -> None:
-        assert self.ledger.held <= 2 * WINDOW
+        # A window whose writes hang, its repetition in a resumed session, and what comes before a
+        # session of which that turned out to be doubtful is left: then connecting waits.
+        assert self.ledger.held <= 3 * WINDOW
         assert len(self.pipeline._waiting_deliveries()) <= self.ledger.held + WINDOW
         assert self.store.in_flight <= self.pipeline.options.concurrency
 
@@ -441,6 +433,7 @@ class Ways(RuleBasedStateMachine):
             if (
                 not self.ledger.held
                 and not self.ledger.unacknowledged
+                and not self.pipeline.writers._jobs  # one may write what was left to the broker
                 and session is not None
                 and session.link is not None
                 and not session.in_flight
@@ -452,7 +445,6 @@ class Ways(RuleBasedStateMachine):
         self.every_delivery_is_accounted_for()
         # Gauges that are added to and taken from end where they began.
         assert self.metrics.retries_waiting == self.metrics.replica_sets_in_doubt == 0
-        assert not self.pipeline.writers._jobs
         lost = set(self.broker.lost)
         for message in self.published:
             assert message.payload in lost or self.is_durable(message), f"missing: {message}"

@@ -145,7 +145,7 @@ class Attempt:
 class Bench:
     """An adopter, the slots that it sees, and what it did."""
 
-    def __init__(self, rows: Rows, name: str) -> None:
+    def __init__(self, rows: Rows, name: str, former: dict[str, uuid.UUID] | None = None) -> None:
         self.loop = asyncio.get_running_loop()
         self.rows = rows
         self.table = MemoryTable(rows)
@@ -172,6 +172,7 @@ class Bench:
             own_slot=lambda: "g-0",
             may_adopt=lambda: self.may,
             must_leave=lambda: self.must_leave,
+            former=former,
             now=self.loop.time,
         )
         self.task = asyncio.create_task(self.adopter.run())
@@ -218,12 +219,16 @@ def rows_of(count: int) -> Rows:
 
 @asynccontextmanager
 async def adopter(
-    count: int = 2, *, rows: Rows | None = None, name: str = "me"
+    count: int = 2,
+    *,
+    rows: Rows | None = None,
+    name: str = "me",
+    former: dict[str, uuid.UUID] | None = None,
 ) -> AsyncIterator[Bench]:
     """Run one that has the slot 0 itself, among `count` that are free."""
     lost: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context))
-    made = Bench(rows or rows_of(count), name)
+    made = Bench(rows or rows_of(count), name, former)
     try:
         yield made
     finally:
@@ -250,6 +255,57 @@ async def test_an_orphan_is_leased_emptied_and_deleted(end: End) -> None:
         assert made.names == ["g-0"]
         assert not made.metrics.adopting
         await until(lambda: made.metrics.orphaned_slots == 0, 30)
+
+
+@in_leaps
+async def test_what_its_own_earlier_life_held_is_adopted_as_soon_as_the_lease_has_ended() -> None:
+    rows, token = rows_of(3), uuid.uuid4()
+    assert rows.take("g-2", "me, killed", token)
+    async with adopter(rows=rows, former={"g-2": token}) as made:
+        attempt = await made.attempt(seconds=TERMS.lease_seconds + 2 * TERMS.renew_seconds)
+        assert attempt.name == "g-2"
+        assert made.loop.time() >= TERMS.lease_seconds - 1
+        attempt.end.set_result(End.EMPTIED)
+        await made.outcome("emptied")
+        assert (await made.attempt(2)).name == "g-1", "that had another owner, and waits as ever"
+        assert made.loop.time() >= TERMS.orphan_after_seconds
+
+
+@in_leaps
+async def test_what_fails_of_an_earlier_life_is_tried_again_with_the_usual_waits() -> None:
+    rows, token = rows_of(2), uuid.uuid4()
+    assert rows.take("g-1", "me, killed", token)
+    async with adopter(rows=rows, former={"g-1": token}) as made:
+        for count in range(1, 4):
+            attempt = await made.attempt(count, seconds=100)
+            attempt.end.set_exception(ConnectionLost("network", "gone"))
+            await made.outcome("broker", count)
+        assert made.loop.time() < TERMS.orphan_after_seconds
+
+
+@in_leaps
+async def test_a_slot_of_an_earlier_life_that_lives_or_is_anothers_by_now_waits_as_ever() -> None:
+    rows, twin, former = rows_of(3), uuid.uuid4(), {}
+    for name in ("g-1", "g-2"):
+        former[name] = uuid.uuid4()
+        assert rows.take(name, "me, as it seemed", former[name])
+    async with adopter(rows=rows, former=former) as made:
+        for _ in range(100):  # the first was no earlier life: it lives, and renews
+            await asyncio.sleep(10)
+            assert rows.renew("g-1", former["g-1"])
+            if rows.token("g-2") is None:
+                assert rows.take("g-2", "another", twin)
+            elif rows.token("g-2") == twin:
+                assert rows.renew("g-2", twin)
+        assert made.attempts == []
+        assert set(former) == {"g-1"}
+        freed = made.loop.time()
+        assert rows.release("g-2", twin)
+        attempt = await made.attempt(seconds=100)
+        assert attempt.name == "g-1", "its owner ended after all"
+        attempt.end.set_result(End.EMPTIED)
+        assert (await made.attempt(2)).name == "g-2"
+        assert made.loop.time() - freed >= TERMS.orphan_after_seconds
 
 
 @in_leaps

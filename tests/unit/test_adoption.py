@@ -180,6 +180,24 @@ async def test_all_that_waits_is_written_and_acknowledged_before_the_session_end
         assert (made.metrics.markers, made.metrics.rejected) == (1, {})
 
 
+async def test_an_end_that_is_lost_on_its_way_leaves_an_empty_session_without_the_share() -> None:
+    """The connection is lost under DISCONNECT, which looks as if the broker had answered it."""
+    async with orphan() as made:
+        made.leave_behind(100)
+        made.broker.dies_on = {mqtt5.DisconnectPacket}
+        assert await made.adoption.run() is End.EMPTIED
+        assert made.durable == sorted(made.sent)
+        assert made.broker.links[-1].farewell is None
+        assert made.waiting == 0
+        assert made.broker.sessions[ORPHAN].filters == {MARKER_TOPIC}
+        made.broker.publish("things/later/shadow/update", b"{}")
+        assert (made.waiting, made.broker.unrouted) == (0, 1)
+        # Whoever gets this client id next finds nothing in the way.
+        made.broker.dies_on = set()
+        assert await made.attempt().run() is End.EMPTIED
+        assert made.broker.sessions == {}
+
+
 async def test_the_adopted_session_never_joins_the_share() -> None:
     async with orphan() as made:
         made.leave_behind(10)

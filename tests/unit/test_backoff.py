@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from shadowsvc.backoff import ceiling_seconds, wait_seconds
+from shadowsvc.backoff import ceiling_seconds, login_wait_seconds, wait_seconds
 
 
 def test_the_upper_end_doubles_up_to_the_limit() -> None:
@@ -37,3 +37,15 @@ def test_a_least_above_the_limit_gives_the_limit_as_upper_end() -> None:
 
 def test_no_failure_yet_counts_as_the_first() -> None:
     assert ceiling_seconds(0, 0.25, 1) == 0.25
+
+
+def test_after_a_refused_login_the_wait_is_at_least_the_least_and_doubles_to_the_limit() -> None:
+    drawn: list[tuple[float, float]] = []
+
+    def draw(low: float, high: float) -> float:
+        drawn.append((low, high))
+        return high
+
+    waits = [login_wait_seconds(refusals, 10, 60, draw) for refusals in (1, 2, 3, 10**9)]
+    assert waits == [20, 40, 60, 60]
+    assert {low for low, _ in drawn} == {10}

@@ -241,6 +241,16 @@ def test_check_config_tells_the_memory_that_messages_can_hold(shadowsvc: Shadows
     assert "10.0 MiB of QoS 1 payloads (160 messages" in done.stdout
 
 
+def test_check_config_tells_the_memory_of_an_adoption_to_those_who_make_one(
+    shadowsvc: Shadowsvc,
+) -> None:
+    without = {name: text for name, text in GIVEN.items() if name != "SHADOWSVC_MQTT__CLIENT_ID"}
+    done = shadowsvc("check-config", given=without)
+    assert "An adoption holds 12.5 MiB more (200 messages)." in done.stdout
+    given = {**GIVEN, "SHADOWSVC_MQTT__CLIENT_ID": "one"}
+    assert "adoption" not in shadowsvc("check-config", given=given).stdout
+
+
 def test_check_config_gives_advice_on_standard_error_and_succeeds(shadowsvc: Shadowsvc) -> None:
     done = shadowsvc("check-config", given={**GIVEN, "SHADOWSVC_CASSANDRA__CONSISTENCY": "ONE"})
     assert done.returncode == 0

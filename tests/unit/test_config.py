@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from shadowsvc import config_rules
 from shadowsvc.config import (
     Mqtt,
     Settings,
+    adopted_receive_maximum,
     advice,
     describe,
     load,
@@ -21,6 +23,7 @@ from shadowsvc.config import (
 )
 from shadowsvc.errors import ConfigError
 from shadowsvc.settings import all_settings
+from shadowsvc.store import deadletter
 
 ROOT = Path(__file__).parents[2]
 SECRET = "hunter2-Zx9"  # noqa: S105 - what must never be shown
@@ -598,6 +601,15 @@ def test_memory_held_is_the_receive_maximum_full_of_the_largest_messages() -> No
     large = {"SHADOWSVC_SHADOW__MAX_PAYLOAD_BYTES": "100000"}
     assert worst_case_held_bytes(load(large)) == 1000 * 100_000
     assert "SHADOWSVC_LIMITS__MAX_HELD_BYTES" in advice(load(large))[0]
+    assert config_rules.DEAD_LETTER_PAYLOAD_BYTES == deadletter.MAX_PAYLOAD_BYTES
+
+
+def test_memory_held_by_an_adoption_is_that_of_200_messages_and_none_without_slots() -> None:
+    settings = load({})
+    assert adopted_receive_maximum(settings) == 200
+    assert worst_case_held_bytes(settings, 200) == 200 * 65_536
+    assert adopted_receive_maximum(load({"SHADOWSVC_MQTT__RECEIVE_MAXIMUM": "9"})) == 9
+    assert adopted_receive_maximum(load({"SHADOWSVC_MQTT__CLIENT_ID": "one"})) == 0
 
 
 def test_a_packet_limit_without_room_for_topic_and_properties_gets_advice() -> None:

@@ -28,7 +28,7 @@ from shadowsvc.shadow.document import Decoder, Limits
 from shadowsvc.shadow.topic import TopicParser
 from shadowsvc.store.batch import Batcher
 from tests.faulty_store import AWAY, FaultyStore
-from tests.memory_broker import MemoryBroker, Server, serve
+from tests.memory_broker import MemoryBroker, Message, Server, serve
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -194,7 +194,7 @@ async def test_the_receive_maximum_is_announced() -> None:
         made.taker.acks_at_once = False
         made.publish(*[b"%d" % number for number in range(10)])
         await until(lambda: len(made.taker.taken) == 3)
-        assert made.connection.receive_maximum == 3
+        assert made.broker.links[0].receive_maximum == 3
         made.taker.ack(2)
         await until(lambda: len(made.taker.taken) == 5)
 
@@ -978,6 +978,51 @@ async def test_a_subscribe_that_is_not_answered_ends_the_connection() -> None:
         assert "SUBACK" in made.connection.last_error
         made.broker.silent_on = set()
         await made.up(2)
+
+
+@pytest.mark.parametrize("which", ["first", "later"])
+async def test_an_answer_that_comes_behind_many_messages_is_waited_for(which: str) -> None:
+    class Backlog(MemoryBroker):
+        """Answers a SUBSCRIBE when it likes."""
+
+        answers: bool = which == "later"
+
+        def take_subscribe(self, *arguments: Any) -> None:
+            self.answer = lambda: super(Backlog, self).take_subscribe(*arguments)
+            if self.answers:
+                self.answer()
+
+    broker = Backlog()
+    wait = which == "later"
+    # mosquitto sends beyond the Receive Maximum, so that is no limit here.
+    async with bench(broker=broker, connect_timeout_seconds=0.2, wait=wait) as made:
+        if wait:
+            broker.answers = False
+            assert made.connection.subscribe_again()
+        await until(lambda: bool(made.broker.links) and hasattr(broker, "answer"))
+        made.taker.acks_at_once = False
+        message = Message(TOPIC, bytes(4096))
+        packet_id = 0
+        end = asyncio.get_running_loop().time() + 1.0  # five times the limit
+        while asyncio.get_running_loop().time() < end:
+            packet_id += 1
+            made.broker.links[0].send_message(message, packet_id)
+            await asyncio.sleep(0.005)
+        assert made.taker.reasons == []
+        broker.answers = True
+        broker.answer()
+        await made.up()
+        assert len(broker.links) == 1
+
+
+async def test_an_answer_that_never_comes_ends_the_connection_when_the_messages_end() -> None:
+    async with bench(connect_timeout_seconds=0.2) as made:
+        made.broker.silent_on = {mqtt5.SubscribePacket}
+        assert made.connection.subscribe_again()
+        made.publish(*[bytes(4096)] * 200)
+        await until(lambda: made.taker.reasons)
+        assert made.taker.reasons == ["no_answer"]
+        assert len(made.taker.taken) == 200
 
 
 async def test_the_time_limit_of_an_answered_subscribe_does_not_end_a_later_one() -> None:

@@ -155,7 +155,7 @@ def test_a_schema_that_is_behind_is_not_called_an_outage() -> None:
 def test_details_say_what_was_seen() -> None:
     health, works = healthy()
     works.subscribed = False
-    health.broker_error = "connection refused"
+    health.broker_error = lambda: "connection refused"
     health.store_error = "no host"
     health.clock_offset_seconds = -42.04
     details = {reason["reason"]: reason["detail"] for reason in health.reasons()}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
-LABELS = {"qos", "dup", "reason", "kind", "state", "le", "version", "python"}
+LABELS = {"qos", "dup", "reason", "kind", "state", "le", "version", "python", "compiled"}
 # What a name may end in: its unit, or what is counted where there is none.
 OURS = "shadowsvc_"
 

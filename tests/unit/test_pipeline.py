@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import mqtt5
@@ -331,7 +332,9 @@ async def test_a_defect_in_decoding_becomes_a_dead_letter_too() -> None:
 
     with structlog.testing.capture_logs() as logs:
         async with line() as made:
-            made.pipeline.decoder.decode = defect  # type: ignore[method-assign,assignment]
+            made.pipeline.decoder = SimpleNamespace(  # type: ignore[assignment]
+                decode=defect, device_of=made.pipeline.decoder.device_of
+            )
             made.deliver("a")
             await made.settle()
         assert logs[-1]["event"] == "decoding failed"

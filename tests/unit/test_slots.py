@@ -5,18 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import subprocess
 import uuid
 from typing import TYPE_CHECKING, Self
 
 import pytest
 
+from shadowsvc.owners import owner_name
 from shadowsvc.settings import Slots
-from shadowsvc.slots import Create, Lease, SlotKeeper, SlotState, Take, owner_name
+from shadowsvc.slots import Create, Lease, SlotKeeper, SlotState, Take
 from shadowsvc.store.slots import Slot
 from tests.memory_slots import LOST, UNANSWERED, MemoryTable, Rows, run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
     from typing import Any
 
 TTL = 30
@@ -149,6 +151,14 @@ class World:
             assert task.cancelled(), task.exception()
 
 
+@contextlib.contextmanager
+def child() -> Iterator[int]:
+    """A process that lives until the context is left; its id."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process.pid
+        process.kill()
+
+
 def world(**settings: object) -> Callable[[Callable[[World], Coroutine[Any, Any, None]]], Any]:
     """Make a test of a coroutine that gets a world."""
 
@@ -192,6 +202,29 @@ async def test_a_refused_renewal_is_no_lease_even_while_cassandra_falls_silent(m
     table.faults += [None, *[LOST] * 8]
     assert await keeper.acquire() == "g-1"
     assert table.faulty == 8
+
+
+@world()
+async def test_a_held_slot_is_never_taken_but_one_of_an_earlier_life_is_noted_at_the_start(
+    made: World,
+) -> None:
+    host, _, own_pid = owner_name().rpartition(":")
+    with child() as living:
+        others = [f"{host}:{living}", f"{host}x:{own_pid}", f"{host}:{10**30}", host, "", "x:-1"]
+        for number, owner in enumerate(others):
+            assert made.rows.create(number, owner, uuid.uuid4())
+        keeper, _ = made.process()
+        assert await keeper.acquire() == f"g-{len(others)}"
+        assert keeper.former == {}
+    tokens = {f"g-{number}": uuid.uuid4() for number in (7, 8)}
+    assert made.rows.create(7, f"{host}:{living}", tokens["g-7"])
+    assert made.rows.create(8, f"{owner_name()} (adopting)", tokens["g-8"])
+    later, _ = made.process()
+    assert await later.acquire() == "g-9"
+    assert later.former == {"g-0": made.rows.token("g-0"), **tokens}
+    assert made.rows.create(10, owner_name(), uuid.uuid4())
+    await later.acquire()
+    assert len(later.former) == 3, "what comes later is no earlier life"
 
 
 @world()

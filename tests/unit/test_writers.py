@@ -112,6 +112,29 @@ async def test_dead_letters_that_fail_do_not_stop_updates() -> None:
         assert made.acks == [*range(1, 201)]
 
 
+@pytest.mark.parametrize("what", ["dead letters", "one replica set of several"])
+async def test_what_may_not_have_every_place_widens_the_window_too(what: str) -> None:
+    """On a long way to Cassandra the window is what holds back whatever is written."""
+    async with line(
+        group=by_first_letter,
+        max_partitions=1,
+        concurrency=32,
+        min_concurrency=4,
+        receive_maximum=1000,
+    ) as made:
+        store = made.store
+        made.deliver("a", "b")
+        await until(lambda: len(store.durable) == 2)
+        store.seconds = 0.02
+        letters = what == "dead letters"
+        made.deliver(*devices("c", 900), first_id=3, payload=b"rubbish" if letters else None)
+        await until(lambda: store.most_in_flight >= 20)
+        assert made.metrics.window_changes["growth"] > 10
+        await made.settle()
+        assert store.most_in_flight == 24, "three quarters of the most"
+        assert len(store.letters if letters else store.durable[2:]) == 900
+
+
 async def test_while_a_replica_set_is_away_its_open_batches_fill_up() -> None:
     async with line(group=by_first_letter, max_partitions=10, linger_seconds=0.001) as made:
         made.store.away = lambda device: device[0] == "x"

@@ -1,27 +1,24 @@
-"""`shadowsvc ingress` as a process: the loop, signals, HTTP pages; and `--print`.
+"""`shadowsvc ingress` as a process: its tasks, its HTTP pages; and `--print`.
 
 Lives here: composition. Rules: SIGTERM ends a HAProxy that we started softly, within the time limit
-of a stop, and leaves anybody else's alone; a second one ends at once; `/livez` is about this
-process only, since HAProxy goes on without it. Must not come in: decisions about configurations.
+of a stop, and leaves anybody else's alone; `/livez` is about this process only, since HAProxy goes
+on without it. Must not come in: decisions about configurations.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
+import functools
 import resource
-import signal
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import orjson
 import structlog
 import uvloop
 
-from shadowsvc import http, logs
-from shadowsvc.errors import ConfigError
+from shadowsvc import http, process
 from shadowsvc.ingress import certificates
 from shadowsvc.ingress.api import Slices, connect
 from shadowsvc.ingress.certificates import Certificates
@@ -35,20 +32,12 @@ if TYPE_CHECKING:
 
 __all__ = ["render_once", "run"]
 
-_TEXT = "text/plain; charset=utf-8"
-_JSON = "application/json"
 _log = structlog.get_logger(__name__)
 
 
 def run(settings: Settings) -> int:
     """Keep HAProxy in step until a signal; return the exit code."""
-    try:
-        return uvloop.run(_main(settings))
-    except ConfigError as error:
-        _log.error("bad configuration", mistakes=error.mistakes)
-        return 2
-    finally:
-        logs.shutdown()
+    return process.run(functools.partial(_main, settings))
 
 
 def render_once(settings: Settings) -> str:
@@ -95,20 +84,7 @@ def _max_files() -> int:
     return 2**31 if hard == resource.RLIM_INFINITY else hard
 
 
-async def _main(settings: Settings) -> int:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def on_signal(number: signal.Signals) -> None:
-        if stop.is_set():
-            _log.warning("stopping at once", signal=number.name)
-            logs.shutdown(timeout_seconds=0.5)
-            os._exit(128 + number)
-        _log.info("stopping", signal=number.name)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+async def _main(settings: Settings, stop: asyncio.Event) -> None:
     metrics = IngressMetrics()
     ingress = settings.ingress
     supervisor = Supervisor(ingress, metrics, connections=max_connections(ingress, _max_files()))
@@ -133,7 +109,6 @@ async def _main(settings: Settings) -> int:
         await supervisor.stop(settings.limits.drain_timeout_seconds)
         await client.aclose()
         await server.close()
-    return 0
 
 
 class _Pages:
@@ -155,7 +130,7 @@ class _Pages:
         }
 
     def _ok(self, _request: http.Request) -> http.Response:
-        return http.Response(200, _TEXT, b"ok\n")
+        return http.Response.text(200, "ok")
 
     def _readyz(self, _request: http.Request) -> http.Response:
         reasons = self._supervisor.reasons()
@@ -164,15 +139,12 @@ class _Pages:
             "configuration": self._supervisor.refused,
             "brokers": "none is ready: the last good ones stay" if self._metrics.empty else None,
         }
-        body = orjson.dumps(
-            {
-                "ready": not reasons,
-                "reasons": reasons,
-                "notes": {name: note for name, note in notes.items() if note},
-            },
-            option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE,
-        )
-        return http.Response(503 if reasons else 200, _JSON, body)
+        fields = {
+            "ready": not reasons,
+            "reasons": reasons,
+            "notes": {name: note for name, note in notes.items() if note},
+        }
+        return http.Response.json(503 if reasons else 200, fields, indent=True)
 
     def _metrics_page(self, request: http.Request) -> http.Response:
         content_type, body = self._exposition.render(request.accept)

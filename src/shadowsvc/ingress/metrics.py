@@ -7,24 +7,21 @@ Must not come in: health.
 
 from __future__ import annotations
 
-import platform
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
-from prometheus_client.exposition import choose_encoder
-
-from shadowsvc import __version__
+from shadowsvc.families import Families, Page
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from prometheus_client.metrics_core import Metric
 
 __all__ = ["IngressExposition", "IngressMetrics"]
 
-_PREFIX = "shadowsvc_ingress_"
+_FAMILIES = Families("shadowsvc_ingress_")
+_counter, _counters = _FAMILIES.counter, _FAMILIES.counters
+_gauge, _gauges = _FAMILIES.gauge, _FAMILIES.gauges
 
 
 class IngressMetrics:
@@ -67,7 +64,7 @@ class IngressMetrics:
         self.api_error = error
 
 
-class IngressExposition:
+class IngressExposition(Page):
     """Renders everything for a scraper."""
 
     def __init__(
@@ -77,29 +74,18 @@ class IngressExposition:
         now: Callable[[], float],
         is_ready: Callable[[], bool],
     ) -> None:
-        """Register it once with what it reads."""
+        """Make it, once, with what it reads."""
+        super().__init__()
         self._metrics = metrics
         self._now = now
         self._is_ready = is_ready
-        self.registry = CollectorRegistry(auto_describe=False)
-        ProcessCollector(registry=self.registry)
-        PlatformCollector(registry=self.registry)
-        GCCollector(registry=self.registry)
-        self.registry.register(self)
-
-    def render(self, accept: str) -> tuple[str, bytes]:
-        """Return content type and body for an Accept header (Prometheus text or OpenMetrics)."""
-        encode, content_type = choose_encoder(accept)
-        return content_type, encode(self.registry)
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family; called by the registry."""
         yield from self._api()
         yield from self._haproxy()
         yield from self._certificates()
-        info = InfoMetricFamily(f"{_PREFIX}build", "Version of the ingress and of Python.")
-        info.add_metric([], {"version": __version__, "python": platform.python_version()})
-        yield info
+        yield _FAMILIES.build("Version of the ingress and of Python.")
 
     def _api(self) -> Iterator[Metric]:
         metrics = self._metrics
@@ -111,9 +97,9 @@ class IngressExposition:
             "Time since its last answer; a watch without changes answers about every minute.",
             age,
         )
-        yield _labelled("api_errors", "Requests that failed.", "reason", metrics.api_errors)
+        yield _counters("api_errors", "Requests that failed.", "reason", metrics.api_errors)
         yield _counter("api_lists", "Complete lists of EndpointSlices.", metrics.lists)
-        yield _labelled("api_events", "Events of watches.", "kind", metrics.events)
+        yield _counters("api_events", "Events of watches.", "kind", metrics.events)
         yield _counter(
             "api_watches_expired",
             "Watches whose version had expired (410), so that all was listed anew.",
@@ -129,22 +115,17 @@ class IngressExposition:
 
     def _haproxy(self) -> Iterator[Metric]:
         metrics = self._metrics
-        servers = GaugeMetricFamily(
-            f"{_PREFIX}servers", "Servers of the configuration in use.", labels=["backend"]
-        )
-        for backend, count in sorted(metrics.servers.items()):
-            servers.add_metric([backend], count)
-        yield servers
+        yield _gauges("servers", "Servers of the configuration in use.", "backend", metrics.servers)
         yield _gauge(
             "servers_leaving",
             "Servers that take no new connections and still have some.",
             metrics.servers_leaving,
         )
-        yield _labelled(
+        yield _counters(
             "server_changes", "Changes through the runtime API.", "kind", metrics.changes
         )
-        yield _labelled("reloads", "Reloads of HAProxy.", "result", metrics.reloads)
-        yield _labelled(
+        yield _counters("reloads", "Reloads of HAProxy.", "result", metrics.reloads)
+        yield _counters(
             "configurations_refused", "Configurations that can't be used.", "by", metrics.refusals
         )
         yield _gauge(
@@ -173,30 +154,9 @@ class IngressExposition:
             "1 while the files as they are cannot be used.",
             int(metrics.certificates_faulty),
         )
-        yield _by_file(metrics.certificate_expiry)
-
-
-def _by_file(expiries: Mapping[str, float]) -> Metric:
-    ends = GaugeMetricFamily(
-        f"{_PREFIX}certificate_expiry_timestamp_seconds",
-        "When a certificate for devices ends, in seconds since 1970.",
-        labels=["file"],
-    )
-    for file, expiry in sorted(expiries.items()):
-        ends.add_metric([file], expiry)
-    return ends
-
-
-def _counter(name: str, text: str, value: float) -> Metric:
-    return CounterMetricFamily(f"{_PREFIX}{name}", text, value=value)
-
-
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"{_PREFIX}{name}", text, value=value)
-
-
-def _labelled(name: str, text: str, label: str, values: Counter[str]) -> Metric:
-    family = CounterMetricFamily(f"{_PREFIX}{name}", text, labels=[label])
-    for value, count in sorted(values.items()):
-        family.add_metric([value], count)
-    return family
+        yield _gauges(
+            "certificate_expiry_timestamp_seconds",
+            "When a certificate for devices ends, in seconds since 1970.",
+            "file",
+            metrics.certificate_expiry,
+        )

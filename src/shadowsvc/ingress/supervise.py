@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import os
 import time
+from collections import Counter
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Final
@@ -217,10 +218,7 @@ class Supervisor:
             _log.warning("the runtime api refused, reloading", error=str(error))
             await self._reload()
             leaving = 0
-        counts: dict[str, int] = {}
-        for backend, _ in self._current.servers:
-            counts[backend] = counts.get(backend, 0) + 1
-        self._metrics.servers = counts
+        self._metrics.servers = Counter(backend for backend, _ in self._current.servers)
         return leaving
 
     # ---------------------------------------------------------------- the file
@@ -276,9 +274,9 @@ class Supervisor:
             digest = (await self._runtime.running()).digest
         except HaproxyFailed:
             self._metrics.haproxy_up = False
-            if not self._settings.start_haproxy or not self._files.configuration.exists():
-                if not self._files.configuration.exists():
-                    raise HaproxyFailed("there is no configuration yet") from None
+            if not self._files.configuration.exists():
+                raise HaproxyFailed("there is no configuration yet") from None
+            if not self._settings.start_haproxy:
                 raise
             if not self._process.running:
                 self._metrics.haproxy_starts += 1

@@ -4,7 +4,9 @@ Lives here: `Adoption`, which runs `mqtt.adopted` over `mqtt.transport` and deci
 may be ended; and `publish_marker`, over a third connection. Rules: the session is ended, and so
 everything in it thrown away, only when the marker came, all that was delivered is acknowledged and
 nothing came for a while; whatever else happens, cancellation too, it is left as it is (DISCONNECT
-keeping the session), and another attempt gets it all. Must not come in: leases, slots, retries.
+keeping the session), and another attempt gets it all. A connection that is lost under the last
+DISCONNECT leaves an empty session without the share behind. Must not come in: leases, slots,
+retries.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from shadowsvc.backoff import wait_seconds
+from shadowsvc.backoff import login_wait_seconds, wait_seconds
 from shadowsvc.errors import ConnectionLost, MqttError
 from shadowsvc.mqtt.session import Session, SessionOptions
 from shadowsvc.mqtt.transport import Endpoint, Ingest, Wire, open_wire
@@ -49,8 +49,6 @@ class Connection:
         """Make it; nothing happens before `run`."""
         self.endpoint = endpoint
         self.options = options
-        self.receive_maximum = 0
-        """What the present connection announced."""
         self.last_error: str | None = None
         """What ended the last connection, for people."""
         self.identify: Callable[[], Awaitable[str]] | None = None
@@ -196,8 +194,13 @@ class Connection:
             self.options = replace(self.options, username=username, password=password)
             if self._refusals == 1:
                 return self._backoff(1)
-        low, high = self.endpoint.login_retry_min_seconds, self.endpoint.login_retry_max_seconds
-        return self._jitter(low, min(high, low * 2 ** min(self._refusals, 16)))
+        endpoint = self.endpoint
+        return login_wait_seconds(
+            self._refusals,
+            endpoint.login_retry_min_seconds,
+            endpoint.login_retry_max_seconds,
+            self._jitter,
+        )
 
     def _backoff(self, failures: int) -> float:
         endpoint = self.endpoint
@@ -223,7 +226,6 @@ class Connection:
         try:
             self._go_on()
             self._protocol = protocol
-            self.receive_maximum = receive_maximum
             protocol.subscribed_again = self.subscribed_again
             protocol.start(receive_maximum, deadline)
             while not protocol.ended.done():

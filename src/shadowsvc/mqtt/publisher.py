@@ -235,13 +235,6 @@ class Publisher:
             await asyncio.gather(keeper, return_exceptions=True)
         await self._drop_client()
 
-    async def drain(self, limit_seconds: float) -> bool:
-        """Wait until nothing is in flight, `limit_seconds` at most; tell whether that is so."""
-        link = self._link
-        if link is not None and link.pending:
-            await asyncio.wait(list(link.pending.values()), timeout=limit_seconds)
-        return self.in_flight == 0
-
     async def send(
         self,
         topic: str,

@@ -31,6 +31,8 @@ _log = structlog.get_logger(__name__)
 _BUFFER_BYTES = 256 * 1024
 _FULL_READ_BYTES = 32 * 1024
 _REST_SECONDS = 0.002
+_BACKLOG_BYTES_A_SECOND = 16 * 1024
+"""Messages that come faster than this may have an answer behind them."""
 _TICKS_A_KEEP_ALIVE = 8
 _FAREWELL_SECONDS = 1.0
 _IMPLEMENTATION_SPECIFIC_ERROR = 131
@@ -146,6 +148,9 @@ class Wire(asyncio.BufferedProtocol):
         self._ticker: asyncio.TimerHandle | None = None
         self._suback_watch: asyncio.TimerHandle | None = None
         self._was_paused = False
+        self._read_bytes = 0
+        self._looked = (0, loop.time())
+        """Bytes read until the last look for a late answer, and when that was."""
 
     def start(self, receive_maximum: int, deadline: float) -> None:
         """Send CONNECT; CONNACK and SUBACK have to be here at `deadline` (the loop's time)."""
@@ -176,6 +181,7 @@ class Wire(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """asyncio: bytes were read. Hands them to the session and sends what it answers."""
+        self._read_bytes += nbytes
         end = self._filled + nbytes
         if self.ended.done():
             self._filled = 0
@@ -280,24 +286,31 @@ class Wire(asyncio.BufferedProtocol):
         try:
             self.session.tick(now)
         except ConnectionLost as error:
-            self.fail(error)
-            if self.transport is not None:
-                self.transport.abort()
+            self._give_up(error)
             return
         self._flush()
         self._tick_later()
+
+    def _may_be_behind(self) -> bool:
+        """Whether an answer that is late may come behind messages: not read yet, or not yet sent.
+
+        A broker with a backlog for us puts SUBACK behind it. To leave then would bring the whole
+        backlog again, and again the answer behind it. Who gets so much is subscribed anyway.
+        """
+        now = self._loop.time()
+        read, since = self._looked
+        self._looked = (self._read_bytes, now)
+        return self.paused or self._read_bytes - read > _BACKLOG_BYTES_A_SECOND * (now - since)
 
     def _check_open(self) -> None:
         """End a connection whose CONNACK or SUBACK has not come within the connect time-out."""
         if self.subscribed_at is not None:
             return
-        if self.paused:  # the answer may be among what is not read yet
+        if self._may_be_behind():
             self._opening = self._loop.call_later(_FAREWELL_SECONDS, self._check_open)
             return
         what = "SUBACK" if self.session_started else "CONNACK"
-        self.fail(ConnectionLost("no_answer", f"the broker sent no {what} in time"))
-        if self.transport is not None:
-            self.transport.abort()
+        self._give_up(ConnectionLost("no_answer", f"the broker sent no {what} in time"))
 
     def subscribe_again(self, limit_seconds: float) -> bool:
         """Send SUBSCRIBE on a live session; tell whether it was sent.
@@ -312,6 +325,7 @@ class Wire(asyncio.BufferedProtocol):
 
     def _watch_suback(self, seconds: float) -> None:
         self._was_paused = self.paused
+        self._looked = (self._read_bytes, self._loop.time())
         due = self._loop.time() + seconds
         if self._suback_watch is not None:
             self._suback_watch.cancel()  # of a SUBSCRIBE that was answered
@@ -320,13 +334,12 @@ class Wire(asyncio.BufferedProtocol):
     def _check_suback(self, seconds: float, due: float) -> None:
         if self.ended.done() or not self.session.awaits_suback:
             return
-        # The answer may be behind what was not read: reading was paused, or this whole process.
-        if self._was_paused or self.paused or self._loop.time() - due > _FAREWELL_SECONDS:
+        # Reading was paused in between, or this whole process.
+        stopped = self._was_paused or self._loop.time() - due > _FAREWELL_SECONDS
+        if stopped or self._may_be_behind():
             self._watch_suback(seconds)
             return
-        self.fail(ConnectionLost("no_answer", "the broker sent no SUBACK in time"))
-        if self.transport is not None:
-            self.transport.abort()
+        self._give_up(ConnectionLost("no_answer", "the broker sent no SUBACK in time"))
 
     def fail(self, error: MqttError, farewell: int | bytes | None = None) -> None:
         """End with `error`, once; `farewell` is the DISCONNECT to send or its code, if any."""
@@ -341,12 +354,19 @@ class Wire(asyncio.BufferedProtocol):
                 farewell = self.session.farewell(farewell)
             self.transport.write(farewell)
 
+    def _give_up(self, error: ConnectionLost) -> None:
+        """End with `error`, and with the connection: nobody answers at the other end."""
+        self.fail(error)
+        if self.transport is not None:
+            self.transport.abort()
+
     async def close_gently(self) -> bool:
         """Half-close, read to the end, close; takes at most a second.
 
         A close with unread bytes would reset the connection and could lose the last acks on their
         way. TLS knows no half-close: there the broker closes when it has read DISCONNECT (MQTT 5
-        §3.14.4). True when the broker closed by itself, which says that it has read all.
+        §3.14.4). True when the broker closed by itself: it has read all then, unless the connection
+        was lost at this very moment, which looks the same.
         """
         transport = self.transport
         if transport is None:

@@ -136,10 +136,15 @@ class Limits:
 class Decoder:
     """Turn messages into updates. One a process: it holds the last receive time given out."""
 
-    def __init__(self, topics: TopicParser, limits: Limits) -> None:
-        """Make a decoder of `topics` under `limits`."""
+    def __init__(self, topics: TopicParser, limits: Limits, *, unique_times: bool = True) -> None:
+        """Make a decoder of `topics` under `limits`.
+
+        `unique_times` makes each receive time that is given out later than the one before. A replay
+        must do without: each letter has to get the same time again, whatever came before it.
+        """
         self._parse_topic = topics.parse
         self.limits = limits
+        self._unique_times = unique_times
         self.clock_trusted = True
         """False: this machine's clock is in doubt, so no time is called future or ancient."""
         self.without_device_time = 0
@@ -237,7 +242,9 @@ class Decoder:
             return None
 
     def receive_time_us(self, now_us: int) -> int:
-        """Return the receive time, strictly increasing over the life of the process."""
+        """Return the receive time, strictly increasing unless `unique_times` is off."""
+        if not self._unique_times:
+            return now_us
         self._last_receive_us = last = max(now_us, self._last_receive_us + 1)
         return last
 

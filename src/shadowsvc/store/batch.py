@@ -34,6 +34,20 @@ class Batch:
         """Every update of the batch."""
         return [update for updates in self.devices.values() for update in updates]
 
+    def drop(self, doomed: Callable[[Update], bool]) -> list[Update]:
+        """Take out the updates for which `doomed` says so; return them."""
+        dropped: list[Update] = []
+        for device, updates in list(self.devices.items()):
+            kept: list[Update] = []
+            for update in updates:
+                (dropped if doomed(update) else kept).append(update)
+            if not kept:
+                del self.devices[device]
+            elif len(kept) < len(updates):
+                self.devices[device] = kept
+        self.size_bytes -= sum(update.size_bytes for update in dropped)
+        return dropped
+
     def __len__(self) -> int:
         return sum(map(len, self.devices.values()))
 
@@ -98,20 +112,8 @@ class Batcher:
     def drop(self, doomed: Callable[[Update], bool]) -> list[Update]:
         """Take out the updates for which `doomed` says so, wherever they wait; return them."""
         dropped: list[Update] = []
-        for batch in list(self.batches()):
-            for device, updates in list(batch.devices.items()):
-                kept = []
-                for update in updates:
-                    if doomed(update):
-                        dropped.append(update)
-                        batch.size_bytes -= update.size_bytes
-                    else:
-                        kept.append(update)
-                if len(kept) < len(updates):
-                    if kept:
-                        batch.devices[device] = kept
-                    else:
-                        del batch.devices[device]
+        for batch in self.batches():
+            dropped += batch.drop(doomed)
         self.ready = deque(batch for batch in self.ready if batch.devices)
         self._open = {group: batch for group, batch in self._open.items() if batch.devices}
         return dropped

@@ -394,14 +394,19 @@ class CassandraStore:
         row = result.first()
         return 0 if row is None else int(row.column_value("gc_grace_seconds"))
 
-    async def server_time_us(self) -> int:
-        """Return the coordinator's clock, in microseconds (resolution: a millisecond)."""
+    async def clock_offset_seconds(self) -> float:
+        """Return this machine's clock less the coordinator's, which counts milliseconds.
+
+        The question and the answer are taken to be as long under way as each other.
+        """
+        asked = time.time()
         result = await self._execute(
             acsylla.create_statement(
                 "SELECT toUnixTimestamp(now()) AS now FROM system.local", timeout=self._timeout
             )
         )
-        return int(result.first().column_value("now")) * 1000
+        theirs = int(result.first().column_value("now")) / 1000
+        return (asked + time.time()) / 2 - theirs
 
     async def _execute(self, statement: Any) -> Any:
         try:

@@ -13,7 +13,6 @@ driver's asyncio loop is called experimental by its own documentation.
 from __future__ import annotations
 
 import logging
-import random
 import re
 import ssl
 import threading
@@ -52,6 +51,7 @@ from cassandra.policies import (
 from cassandra.protocol import SyntaxException
 from cassandra.query import tuple_factory
 
+from shadowsvc.backoff import login_wait_seconds
 from shadowsvc.credentials import load
 from shadowsvc.errors import (
     CredentialsUnusable,
@@ -199,8 +199,8 @@ def _wait_for_login(settings: Cassandra) -> None:
 def _count_refusal(settings: Cassandra, why: str) -> None:
     before = _refused.get(settings)
     count = 1 if before is None else before.times + 1
-    low, high = _login_retry_seconds
-    wait = random.uniform(low, min(high, low * 2.0 ** min(count, 16)))  # noqa: S311 - jitter
+    least, most = _login_retry_seconds
+    wait = login_wait_seconds(count, least, most)
     _refused[settings] = _Refused(count, time.monotonic() + wait, why)
 
 
