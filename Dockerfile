@@ -16,11 +16,16 @@ RUN python3 -m venv --without-pip /opt/shadowsvc \
         --require-hashes --only-binary :all: -r requirements.txt \
     && python3 -m venv /opt/build \
     && /opt/build/bin/python -m pip install --require-hashes -r requirements-build.txt
+# The pure rooms are compiled (docs/adr/0027). A Python from Debian's packages has its headers apart.
+RUN header=$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h \
+    && apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev $([ -e "$header" ] || echo python3-dev) \
+    && rm -rf /var/lib/apt/lists/*
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
 # Byte-compiled here, since nothing can be written where it runs. The checks of a .pyc's source are
 # left out: the sources cannot change either.
-RUN /opt/build/bin/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist . \
+RUN HATCH_BUILD_HOOKS_ENABLE=1 /opt/build/bin/python -m hatchling build -t wheel -d dist \
     && python3 -m pip --python /opt/shadowsvc/bin/python install --no-compile --no-deps dist/*.whl \
     && /opt/shadowsvc/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash \
         /opt/shadowsvc/lib
@@ -28,12 +33,13 @@ RUN /opt/build/bin/python -m pip wheel --no-build-isolation --no-deps --wheel-di
 FROM python:3.13-slim
 COPY --from=build /opt/shadowsvc /opt/shadowsvc
 COPY deploy/image/openssl.cnf /etc/pki/tls/openssl.cnf
+# Late, so that another revision leaves the layers above as they are; before a RUN, since podman 4.3
+# takes a LABEL from its cache whatever is in its variables.
+ARG VERSION=0.1.0
+ARG REVISION=unknown
 # What installs packages has no work here. It takes no space off the base; it takes away a tool.
 RUN python3 -m pip uninstall --yes --quiet --root-user-action=ignore pip
 ENV PATH=/opt/shadowsvc/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 SHADOWSVC_LOG__FORMAT=json
-# Last, so that another revision leaves the layers above as they are.
-ARG VERSION=0.1.0
-ARG REVISION=unknown
 LABEL org.opencontainers.image.title="shadowsvc" \
       org.opencontainers.image.description="Keeps the last known state of every MQTT device in Cassandra; acknowledges only what is durable" \
       org.opencontainers.image.licenses="Apache-2.0" \
