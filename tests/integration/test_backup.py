@@ -37,6 +37,13 @@ SNAPSHOT = "daily"
 DEVICES = 200
 LAMP = "lamp-7"
 _NODETOOL_SECONDS = 90
+# What Cassandra's own script opens of the JDK for nodetool.
+_JDK_OPTIONS = (
+    "--add-exports=java.base/jdk.internal.ref=ALL-UNNAMED",
+    "--add-exports=java.base/sun.nio.ch=ALL-UNNAMED",
+    "--add-opens=java.base/jdk.internal.ref=ALL-UNNAMED",
+    "--add-opens=java.base/sun.nio.ch=ALL-UNNAMED",
+)
 _STATEMENT_SECONDS = 60
 
 _SET = (
@@ -44,8 +51,7 @@ _SET = (
     "WHERE device = %s AND shadow = %s AND section = %s AND path = %s"
 )
 _DELETE = (
-    "DELETE FROM shadow USING TIMESTAMP %s "
-    "WHERE device = %s AND shadow = %s AND section = %s AND "
+    "DELETE FROM shadow USING TIMESTAMP %s WHERE device = %s AND shadow = %s AND section = %s AND "
 )
 _SELECT = {
     "shadow": (
@@ -73,7 +79,7 @@ class Node(NamedTuple):
         """Run nodetool and return what it printed; it has to end with 0."""
         folder = self.cassandra.folder
         class_path = ":".join([str(folder / "conf"), *map(str, cassandra_jars())])
-        command = [java()[0], "-Xmx128M", "-XX:-UsePerfData", "-XX:+UseSerialGC"]
+        command = [java()[0], "-Xmx128M", "-XX:-UsePerfData", "-XX:+UseSerialGC", *_JDK_OPTIONS]
         command += [f"-Duser.home={folder}"]  # its history goes there
         command += [f"-Dcassandra.storagedir={folder}", f"-Dcassandra.logdir={folder}"]
         command += ["-cp", class_path, "org.apache.cassandra.tools.NodeTool"]
