@@ -22,11 +22,16 @@ from backing import Cassandra
 from backing.jars import cassandra_jars, java
 from backing.ports import free_port
 from shadowsvc.shadow.pointer import below
+from tests.group import writes
+from tests.oracle import Load
 from tests.service import run_command
+from tests.serving import serving, settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    import backing
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 
@@ -212,11 +217,7 @@ def back_up(tmp_path_factory: pytest.TempPathFactory) -> BackUp:
 
             node.nodetool("snapshot", "-t", SNAPSHOT, KEYSPACE)
             write_later(session, first_us + 120_000_000)
-            for table in TABLES:
-                files = node.table_folder(table) / "snapshots" / SNAPSHOT
-                subprocess.run(["cp", "-r", files, folder / table], check=True, timeout=30)
-            node.nodetool("clearsnapshot", "-t", SNAPSHOT, KEYSPACE)
-            assert not any(node.table_folder("shadow").glob("snapshots/*"))
+            copy_snapshot(node, folder)
             later = rows_of(session)
     assert then != later
     return BackUp(folder, first_us, then, later, lamp)
@@ -232,13 +233,22 @@ def new_node(back_up: BackUp) -> Iterator[Node]:
         yield node
 
 
-def restore(node: Node, back_up: BackUp, *tables: str) -> None:
+def copy_snapshot(node: Node, folder: Path) -> None:
+    """Copy it into a folder for each table, and remove it from the node."""
+    for table in TABLES:
+        files = node.table_folder(table) / "snapshots" / SNAPSHOT
+        subprocess.run(["cp", "-r", files, folder / table], check=True, timeout=30)
+    node.nodetool("clearsnapshot", "-t", SNAPSHOT, KEYSPACE)
+    assert not any(node.table_folder("shadow").glob("snapshots/*"))
+
+
+def restore(node: Node, folder: Path, *tables: str) -> None:
     """Import tables, of which the back-up keeps its files."""
-    before = sorted(back_up.folder.rglob("*"))
+    before = sorted(folder.rglob("*"))
     assert any(path.name.endswith("-Data.db") for path in before)
     for table in tables:
-        node.nodetool("import", "--copy-data", KEYSPACE, table, str(back_up.folder / table))
-    assert sorted(back_up.folder.rglob("*")) == before
+        node.nodetool("import", "--copy-data", KEYSPACE, table, str(folder / table))
+    assert sorted(folder.rglob("*")) == before
 
 
 @pytest.fixture
@@ -255,7 +265,7 @@ def empty(new_node: Node) -> Iterator[Any]:
 def test_an_empty_node_gets_every_row_of_the_snapshot_with_its_times(
     new_node: Node, back_up: BackUp, empty: Any
 ) -> None:
-    restore(new_node, back_up, *TABLES)
+    restore(new_node, back_up.folder, *TABLES)
     assert rows_of(empty) == back_up.then
     assert len(back_up.then["shadow"]) > 3 * DEVICES
     assert new_node.shadowsvc("get", LAMP, "--json") == back_up.lamp
@@ -266,7 +276,7 @@ def test_an_empty_node_gets_every_row_of_the_snapshot_with_its_times(
 def test_devices_that_publish_again_bring_a_restored_node_up_to_date(
     new_node: Node, back_up: BackUp, empty: Any
 ) -> None:
-    restore(new_node, back_up, "shadow")
+    restore(new_node, back_up.folder, "shadow")
     assert rows_of(empty)["shadow"] != back_up.later["shadow"]
     write_later(empty, back_up.first_us + 120_000_000)
     assert rows_of(empty)["shadow"] == back_up.later["shadow"]
@@ -276,9 +286,9 @@ def test_a_restore_over_live_data_undoes_neither_updates_nor_deletes(
     new_node: Node, back_up: BackUp, empty: Any
 ) -> None:
     write_later(empty, back_up.first_us + 120_000_000)
-    restore(new_node, back_up, "shadow")
+    restore(new_node, back_up.folder, "shadow")
     assert rows_of(empty)["shadow"] == back_up.later["shadow"]
-    restore(new_node, back_up, "shadow")  # once more
+    restore(new_node, back_up.folder, "shadow")  # once more
     assert rows_of(empty)["shadow"] == back_up.later["shadow"]
 
 
@@ -301,7 +311,25 @@ def test_a_delete_that_cassandra_has_forgotten_is_undone_by_a_restore(
         new_node.nodetool("flush", KEYSPACE, "shadow")
         new_node.nodetool("compact", KEYSPACE, "shadow")
         assert colours() == []
-        restore(new_node, back_up, "shadow")
+        restore(new_node, back_up.folder, "shadow")
         assert colours() == ['"gr\\u00fcn"']
     finally:
         keep_deletes_for(864_000)
+
+
+def test_a_snapshot_and_a_restore_while_the_service_writes_cost_nothing(
+    new_node: Node, empty: Any, broker: backing.Broker, unique: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "backup"
+    folder.mkdir()
+    with serving(
+        broker, new_node.cassandra, KEYSPACE, unique, tmp_path / "service.log", session=empty
+    ) as (service, oracle):
+        with Load(oracle, unique, burst=10, pause_seconds=0.1):
+            service.wait_until(writes(service, 100), "it writes")
+            new_node.nodetool("snapshot", "-t", SNAPSHOT, KEYSPACE)
+            copy_snapshot(new_node, folder)
+            service.wait_until(writes(service, 100), "it writes after the snapshot")
+            restore(new_node, folder, "shadow")
+            service.wait_until(writes(service, 100), "it writes after the restore")
+        settle(service, oracle, 60)
