@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import structlog
 import uvloop
@@ -30,9 +30,10 @@ _FLUSH_SECONDS = 0.5
 
 
 def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
-    """Run `main` in a loop of its own and return the exit code: 0, or 2 after a `ConfigError`.
+    """Run `main` in a loop of its own; return exit code 2 after a `ConfigError`.
 
-    `main` gets an event that is set by the first signal, and has to return then.
+    `main` gets an event that is set by the first signal, and has to return then: the process ends
+    there, with 0.
     """
     try:
         uvloop.run(_until_signal(main))
@@ -41,7 +42,6 @@ def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
         return _BAD_CONFIGURATION
     finally:
         logs.shutdown()
-    return 0
 
 
 def stop_on_signals(
@@ -68,7 +68,7 @@ def stop_on_signals(
         loop.add_signal_handler(number, on_signal, number)
 
 
-async def _until_signal(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+async def _until_signal(main: Callable[[asyncio.Event], Awaitable[None]]) -> NoReturn:
     def at_once(name: str) -> None:
         _log.warning("stopping at once", signal=name)
         logs.shutdown(timeout_seconds=_FLUSH_SECONDS)
@@ -76,3 +76,6 @@ async def _until_signal(main: Callable[[asyncio.Event], Awaitable[None]]) -> Non
     stop = asyncio.Event()
     stop_on_signals(stop, asked=lambda name: _log.info("stopping", signal=name), at_once=at_once)
     await main(stop)
+    # A connect of the driver can't be cancelled and a thread not ended: the loop would wait.
+    logs.shutdown()
+    os._exit(0)

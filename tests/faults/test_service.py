@@ -9,21 +9,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.faults.stage import KEEP_ALIVE_SECONDS
+from tests.proxied import away
 
 if TYPE_CHECKING:
-    from backing import FaultProxy
     from tests.faults.conftest import MakeStage
 
 pytestmark = pytest.mark.timeout(180)
 
 DURABLE = "updates_durable_total"
 SIGTERM_BEFORE_IT_LISTENS = -15
-
-
-def away(proxy: FaultProxy) -> None:
-    """As a server that is down."""
-    proxy.refuse()
-    proxy.reset()
 
 
 def test_sigterm_under_load_ends_with_0_and_nothing_is_sent_twice(make_stage: MakeStage) -> None:
@@ -83,6 +77,22 @@ def test_sigterm_while_it_starts_ends_it_and_costs_nothing(make_stage: MakeStage
     assert verdict.excused == 0
     # Python itself needs a moment before any program can take a signal.
     assert set(codes) <= {0, SIGTERM_BEFORE_IT_LISTENS}
+
+
+def test_sigterm_while_the_driver_connects_ends_with_0(make_stage: MakeStage) -> None:
+    """Freeing a session of the driver that is half connected blocks its thread for ever."""
+    stage = make_stage().start()
+    pod = stage.pod
+    assert pod.service.terminate() == 0
+    pod.cassandra(lambda proxy: proxy.hold())
+    before = pod.cassandra(lambda proxy: proxy.counts.accepted)
+    pod.start()
+    pod.service.wait_until(
+        lambda: pod.cassandra(lambda proxy: proxy.counts.accepted) > before, "the driver connects"
+    )
+    assert pod.service.terminate() == 0
+    (stop,) = pod.service.events("stopped", this_life=True)
+    assert stop["drained"] is True
 
 
 def test_sigterm_while_cassandra_is_away_ends_with_0_at_its_deadline(

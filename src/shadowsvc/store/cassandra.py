@@ -81,6 +81,18 @@ _VERIFY_NAME = 1 | 4
 _MAX_SHAPES = 16
 _MAX_SHAPE_ROWS = 200
 
+
+class _Uncancelled(asyncio.Task[Any]):
+    """A connect of the driver, which ends by its time-outs alone.
+
+    Cancelled, it would free the session that it makes, and freeing one that connects waits for
+    ever, on the thread of the loop.
+    """
+
+    def cancel(self, msg: Any | None = None) -> bool:  # noqa: ARG002 - its only argument
+        return False
+
+
 _NUMBER = re.compile(r"\d+")
 _DRIVER_LEVELS = {"CRITICAL": "error", "ERROR": "error", "WARN": "warning"}
 
@@ -109,6 +121,7 @@ class CassandraStore:
         self._cluster: Any = None
         self._retiring: asyncio.Task[None] | None = None
         self._session: Any = None
+        self._connect: _Uncancelled | None = None
         self._execute_batch: Any = None
         self._statements: dict[str, Any] = {}
         # (updates, leaves of each) → the whole batch as one prepared statement; None: being made.
@@ -172,7 +185,9 @@ class CassandraStore:
             authorities = credentials.ca or await asyncio.to_thread(system_authorities)
         try:
             _configure(self._cluster, self.settings, credentials, authorities)
-            return await self._cluster.create_session(keyspace=self.settings.keyspace)
+            connect = self._cluster.create_session(keyspace=self.settings.keyspace)
+            self._connect = _Uncancelled(connect, name="connect to Cassandra")
+            return await asyncio.shield(self._connect)
         except Exception as error:
             raise mapped(error) from error
 
@@ -204,7 +219,14 @@ class CassandraStore:
                 _log.info("old session not closed", error=str(mapped(error)))
 
     async def close(self) -> None:
-        """Close the session; await every write before."""
+        """Close the session; await every write before.
+
+        A connect that was given up is awaited: `connect_timeout_seconds` an address, at most.
+        """
+        if self._connect is not None:
+            await asyncio.wait([self._connect])
+            if self._connect.exception() is None and self._connect.result() is not self._session:
+                await self._connect.result().close()
         tasks = [*self._preparing, *([] if self._retiring is None else [self._retiring])]
         for task in tasks:
             task.cancel()
