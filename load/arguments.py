@@ -20,13 +20,14 @@ from load.shapes import Shape
 if TYPE_CHECKING:
     import argparse
 
-__all__ = ["add_lean_options", "options_of"]
+__all__ = ["DEFAULTS", "add_lean_options", "options_of", "password_of"]
 
-_DEFAULT: Final = {
+DEFAULTS: Final = {
     one.name: one.default
     for one in dataclasses.fields(Options)
     if one.default is not dataclasses.MISSING
 }
+"""Of `options.Options`, by its names."""
 
 
 def add_lean_options(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +61,7 @@ def add_lean_options(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "--watch",
         type=int,
-        default=_DEFAULT["watch"],
+        default=DEFAULTS["watch"],
         metavar="N",
         help="subscribe to N of the devices, for publish-to-subscriber latency (%(default)s)",
     )
@@ -90,14 +91,14 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--connect-rate",
         type=float,
-        default=_DEFAULT["connect_rate"],
+        default=DEFAULTS["connect_rate"],
         metavar="N",
         help="connects a second at most (%(default)g)",
     )
     load.add_argument(
         "--connect-rate-decay",
         type=float,
-        default=_DEFAULT["connect_rate_decay"],
+        default=DEFAULTS["connect_rate_decay"],
         metavar="X",
         help="factor after each second in which a tenth of the connects failed; 1: none "
         "(%(default)g)",
@@ -105,7 +106,7 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--backoff",
         choices=sorted(BACKOFFS),
-        default="full-jitter",
+        default=DEFAULTS["backoff"].name,
         help="a device's wait before it connects again (%(default)s)",
     )
     load.add_argument(
@@ -134,7 +135,7 @@ def _add_connections(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--keep-alive",
         type=int,
-        default=_DEFAULT["keep_alive_seconds"],
+        default=DEFAULTS["keep_alive_seconds"],
         metavar="SECONDS",
         help="0: none (%(default)s)",
     )
@@ -147,14 +148,14 @@ def _add_connections(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         "--connect-timeout",
         type=float,
-        default=_DEFAULT["connect_timeout_seconds"],
+        default=DEFAULTS["connect_timeout_seconds"],
         metavar="SECONDS",
         help="until CONNACK (%(default)g)",
     )
     network.add_argument(
         "--max-connecting",
         type=int,
-        default=_DEFAULT["max_connecting"],
+        default=DEFAULTS["max_connecting"],
         metavar="N",
         help="at once (%(default)s)",
     )
@@ -165,34 +166,34 @@ def _add_devices(parser: argparse.ArgumentParser) -> None:
     devices.add_argument(
         "--first-number",
         type=int,
-        default=0,
+        default=DEFAULTS["first_number"],
         metavar="N",
         help="number of the first device: processes need ranges of their own (%(default)s)",
     )
     devices.add_argument(
         "--client-id",
-        default=_DEFAULT["client_id"],
+        default=DEFAULTS["client_id"],
         metavar="TEMPLATE",
         help="with {number} (%(default)s)",
     )
     devices.add_argument(
         "--topic",
-        default=_DEFAULT["topic"],
+        default=DEFAULTS["topic"],
         metavar="TEMPLATE",
         help="with {client_id} (%(default)s)",
     )
-    devices.add_argument("--qos", type=int, choices=(0, 1), default=1)
+    devices.add_argument("--qos", type=int, choices=(0, 1), default=DEFAULTS["qos"])
     devices.add_argument(
         "--max-in-flight",
         type=int,
-        default=_DEFAULT["max_in_flight"],
+        default=DEFAULTS["max_in_flight"],
         metavar="N",
         help="publishes of one device without an answer (%(default)s)",
     )
     devices.add_argument(
         "--drain",
         type=float,
-        default=_DEFAULT["drain_seconds"],
+        default=DEFAULTS["drain_seconds"],
         metavar="SECONDS",
         help="wait for answers at the end (%(default)g)",
     )
@@ -202,7 +203,7 @@ def _add_documents(parser: argparse.ArgumentParser) -> None:
     documents = parser.add_argument_group("documents")
     documents.add_argument(
         "--families",
-        default=",".join(NAMES[:4]),
+        default=",".join(DEFAULTS["families"]),
         metavar="LIST",
         help=f"of {', '.join(NAMES)}, leaves:COUNT[:BYTES] (%(default)s)",
     )
@@ -211,7 +212,9 @@ def _add_documents(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="no service subscribes: a PUBACK that says so is a success too",
     )
-    documents.add_argument("--seed", type=int, default=1, metavar="N", help="%(default)s")
+    documents.add_argument(
+        "--seed", type=int, default=DEFAULTS["seed"], metavar="N", help="%(default)s"
+    )
     documents.add_argument(
         "--trail",
         action="store_true",
@@ -252,7 +255,7 @@ def options_of(given: argparse.Namespace) -> Options:
         first_number=given.first_number,
         topic=given.topic,
         username=given.username,
-        password=_password(given.password_file),
+        password=password_of(given.password_file),
         keep_alive_seconds=given.keep_alive,
         clean_start=given.session_expiry is None,
         session_expiry_seconds=given.session_expiry or 0,
@@ -272,10 +275,11 @@ def options_of(given: argparse.Namespace) -> Options:
     return options
 
 
-def _password(path: Path | None) -> bytes | None:
+def password_of(path: Path | None) -> bytes | None:
+    """Return the first line of `--password-file`; None: it is not given. Raises BadOption."""
     if path is None:
         return None
     try:
-        return path.read_bytes().partition(b"\n")[0]
+        return path.read_bytes().partition(b"\n")[0].rstrip(b"\r")
     except OSError as error:
         raise BadOption(f"--password-file {path}: {error.strerror}") from None

@@ -12,6 +12,7 @@ waits (`shadowsvc.backoff`). Must not come in: clocks, tasks, devices.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -113,7 +114,7 @@ class ConnectRate:
         failure_share: float = 0.1,
     ) -> None:
         least = most_per_second / 50 if least_per_second is None else least_per_second
-        if not 0 < least <= most_per_second:
+        if not 0 < least <= most_per_second < math.inf:
             raise BadOption(f"connect rate {most_per_second:g}/s, at least {least:g}/s: above 0")
         if not 0 < decay <= 1:
             raise BadOption(f"decay of the connect rate {decay:g}: above 0, at most 1")
@@ -136,7 +137,7 @@ class ConnectRate:
         Raises:
             BadOption: it is not above 0.
         """
-        if most_per_second <= 0:
+        if not 0 < most_per_second < math.inf:
             raise BadOption(f"connect rate {most_per_second:g}/s: above 0")
         if most_per_second != self._most:
             self.per_second = max(

@@ -24,10 +24,13 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 import backing
+from load.arguments import password_of
+from load.console import save
 from load.endpoints import Endpoint
 from load.errors import BadOption, LoadError
+from load.families import sequence_of
 from load.journal import read
-from scripts.lib.readback import differences
+from scripts.lib.readback import settle
 from shadowsvc.simulate import Expected, Message
 
 if TYPE_CHECKING:
@@ -43,7 +46,6 @@ __all__ = ["Verdict", "check", "compare"]
 
 _ENTRIES_A_PART: Final = 200_000
 _SHOWN: Final = 10
-_REST_SECONDS: Final = 1.0
 
 
 @dataclass(slots=True)
@@ -120,6 +122,8 @@ class _Read:
     def message(self, entry: Entry) -> Message | None:
         """Return what was published; None if it was no document of ours."""
         payload = self.source.document(entry.number, entry.sequence, entry.time_us)
+        if sequence_of(payload) is None:
+            return None
         try:
             state = orjson.loads(payload)["state"]
         except (ValueError, TypeError, KeyError):
@@ -146,13 +150,10 @@ def _compare_part(
                 expected.apply(message)
             else:
                 expected.doubt(message)
-    devices = [name for name in expected.devices if name not in expected.uncertain]
     verdict.devices += len(expected.devices)
     verdict.not_compared += len(expected.uncertain)
-    found = differences(session, expected, devices)
-    while found and time.monotonic() < deadline:
-        time.sleep(_REST_SECONDS)
-        found = differences(session, expected, {one.device for one in found})
+    left_seconds = max(0.0, deadline - time.monotonic())
+    found, _ = settle(session, expected, lambda: None, left_seconds)
     verdict.wrong += [
         f"{one.device} {one.leaf}: {one.detail}" for one in found if one.kind != "missing"
     ]
@@ -197,7 +198,7 @@ def check(given: argparse.Namespace) -> int:
         place = f"--cassandra {given.cassandra}, --keyspace {given.keyspace}"
         raise LoadError(f"{place}: {error}") from error
     if given.json is not None:
-        given.json.write_bytes(orjson.dumps(verdict.as_json(), option=orjson.OPT_INDENT_2) + b"\n")
+        save("--json", given.json, verdict.as_json())
     missing = sum(map(len, verdict.missing.values()))
     sys.stdout.write(
         f"{verdict.acknowledged:,} acknowledged publishes of {verdict.devices:,} devices: "
@@ -214,9 +215,7 @@ def check(given: argparse.Namespace) -> int:
 def _user(given: argparse.Namespace) -> tuple[str, str] | None:
     if given.username is None:
         return None
-    if given.password_file is None:
+    password = password_of(given.password_file)
+    if password is None:
         raise BadOption("--username needs --password-file")
-    try:
-        return given.username, given.password_file.read_text().partition("\n")[0]
-    except OSError as error:
-        raise BadOption(f"--password-file {given.password_file}: {error.strerror}") from None
+    return given.username, password.decode()

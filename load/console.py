@@ -1,7 +1,7 @@
-"""What the commands share: signals, commands on standard input, one object of JSON a line.
+"""What the commands share: signals, commands on standard input, JSON by lines and as a file.
 
-Lives here: small parts of `lean_command`, `observer_command` and `record`. Rules: standard output
-gets whole lines, written out at once. Must not come in: what a command does.
+Lives here: small parts of `lean_command`, `observer_command`, `check`, `record` and `stage.ear`.
+Rules: standard output gets whole lines, written out at once. Must not come in: what a command does.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
-from load.errors import LoadError
+from load.errors import BadOption, LoadError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
-__all__ = ["milliseconds", "obey", "on_signals", "write"]
+__all__ = ["milliseconds", "obey", "on_signals", "save", "write"]
 
 _LINE_BYTES: Final = 1 << 16
 
@@ -50,6 +51,16 @@ def write(event: dict[str, Any]) -> None:
     """Write one object to standard output."""
     sys.stdout.write(orjson.dumps(event).decode() + "\n")
     sys.stdout.flush()
+
+
+def save(option: str, path: Path, content: dict[str, Any] | str) -> None:
+    """Write text, or figures as JSON, where `option` says; raises BadOption."""
+    if not isinstance(content, str):
+        content = orjson.dumps(content, option=orjson.OPT_INDENT_2).decode() + "\n"
+    try:
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise BadOption(f"{option} {path}: {error.strerror}") from None
 
 
 def milliseconds(seconds: float | None) -> str:

@@ -66,7 +66,7 @@ class Fleet:
         self._random = random
         self._driver = driver
         self._loop = asyncio.get_running_loop()
-        self._tls = _tls(options)
+        self._tls = options.tls()
         self._ready: deque[Connection] = deque()
         self._later: list[tuple[float, int, Connection]] = []
         self._tasks: dict[Connection, asyncio.Task[None]] = {}
@@ -350,9 +350,3 @@ class Fleet:
         else:
             connection.send(connection.device.ping())
             connection.pinged = connection.quiet = True
-
-
-def _tls(options: Options) -> ssl.SSLContext | None:
-    if not any(target.tls for target in options.targets):
-        return None
-    return ssl.create_default_context(cafile=options.tls_ca)

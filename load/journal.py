@@ -121,12 +121,12 @@ def read(path: Path) -> tuple[Header, Iterator[Entry]]:
             head = file.readline()
         fields: dict[str, Any] = orjson.loads(head)
         form = fields.pop("form")
+        if form != _FORM:  # its fields may be others
+            raise BadOption(f"{path} is a journal of form {form}; this release reads form {_FORM}")
         fields["families"] = tuple(fields["families"])
         header = Header(**fields)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadOption(f"{path} is no journal of a lean run: {error}") from None
-    if form != _FORM:
-        raise BadOption(f"{path} is a journal of form {form}; this release reads form {_FORM}")
     return header, _entries(path, len(head))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import resource
 import time
 from contextlib import suppress
@@ -18,6 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Final
 
+from load.errors import BadOption
 from load.fleet import Fleet
 from load.publishing import Publishing
 from load.report import Progress, Report
@@ -79,6 +81,8 @@ class Lean:
         self._over = asyncio.Event()
         self._hurry = asyncio.Event()
         self._interrupted = False
+        self._failure: Exception | None = None
+        """Of a tick."""
 
     # ---------------------------------------------------------------- what others ask for
 
@@ -98,6 +102,8 @@ class Lean:
             await self._over.wait()
             await self._drain()
             await self._leave()
+            if self._failure is not None:
+                raise self._failure
         finally:
             if self._timer is not None:
                 self._timer.cancel()
@@ -122,7 +128,14 @@ class Lean:
         publish_rate: float | None = None,
         connect_rate: float | None = None,
     ) -> None:
-        """Leave the shape, and hold these figures from now on; None: as it is now."""
+        """Leave the shape, and hold these figures from now on; None: as it is now.
+
+        Raises:
+            BadOption: one that makes no sense.
+        """
+        for name, value in (("connections", connections), ("publish-rate", publish_rate)):
+            if value is not None and not 0 <= value < math.inf:
+                raise BadOption(f"{name} {value:g}: 0 or more")
         # Two commands may come within a tick: the second holds what the first said.
         now = self._manual or self._target
         self._manual = now._replace(
@@ -206,6 +219,17 @@ class Lean:
     # ---------------------------------------------------------------- the tick
 
     def _tick(self) -> None:
+        try:
+            self._turn()
+        except Exception as error:  # noqa: BLE001 - raised by `run`, which would wait for ever
+            self._failure = error
+            self._over.set()
+            self._hurry.set()
+            return
+        delay = max(0.0, self._next_tick - time.monotonic())
+        self._timer = self._loop.call_later(delay, self._tick)
+
+    def _turn(self) -> None:
         now = time.monotonic()
         due = self._next_tick
         self._next_tick = due + TICK_SECONDS
@@ -216,8 +240,6 @@ class Lean:
         self._fleet.tick(now)
         if now >= self._next_sample:
             self._sample(now)
-        delay = max(0.0, self._next_tick - time.monotonic())
-        self._timer = self._loop.call_later(delay, self._tick)
 
     def _follow(self, seconds: float) -> None:
         """Want what the shape wants now."""

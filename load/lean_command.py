@@ -13,14 +13,13 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
-import orjson
 import uvloop
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from load.arguments import options_of
-from load.console import obey, on_signals, write
+from load.console import obey, on_signals, save, write
 from load.lean import Lean
 from load.lean_page import page
 from load.lean_view import line, summary, table
@@ -45,14 +44,16 @@ def lean(given: argparse.Namespace) -> int:
         report = runner.run(_run(options, showing, control=given.control))
     showing.end()
     figures = report.as_json()
-    if given.json is not None:
-        given.json.write_bytes(orjson.dumps(figures, option=orjson.OPT_INDENT_2) + b"\n")
-    if given.html is not None:
-        given.html.write_text(page(report, shlex.join(["scripts/load", *sys.argv[1:]])))
-    if given.progress == "json":
-        write({"event": "report", **figures})
-    else:
-        _tell(report)
+    try:
+        if given.json is not None:
+            save("--json", given.json, figures)
+        if given.html is not None:
+            save("--html", given.html, page(report, shlex.join(["scripts/load", *sys.argv[1:]])))
+    finally:  # a file that can't be written does not cost the run
+        if given.progress == "json":
+            write({"event": "report", **figures})
+        else:
+            _tell(report)
     if report.missing:
         return 1
     return 3 if given.strict and report.bottlenecks else 0

@@ -19,7 +19,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final, Protocol, Self
 
 from backing import Direction, FaultProxy
-from load.errors import BrokenConnection
+from load.errors import BadOption, BrokenConnection
 from load.families import sent_at_us
 from load.statistics import Statistics
 
@@ -46,6 +46,9 @@ class Observer:
         host: the broker's.
         port: the broker's, plain MQTT.
         listen_port: ours on 127.0.0.1; a free one when None.
+
+    Raises:
+        BadOption: on entering, if the port can't be had.
     """
 
     def __init__(self, host: str, port: int, *, listen_port: int | None = None) -> None:
@@ -112,7 +115,10 @@ class Observer:
         }
 
     async def __aenter__(self) -> Self:
-        await self.proxy.start()
+        try:
+            await self.proxy.start()
+        except OSError as error:
+            raise BadOption(f"--port {self.port}: {error.strerror}") from None
         self._ticking = asyncio.create_task(self._tick(), name="observer-tick")
         return self
 

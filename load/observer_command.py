@@ -10,10 +10,9 @@ import asyncio
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
-import orjson
 import uvloop
 
-from load.console import milliseconds, obey, on_signals, write
+from load.console import milliseconds, obey, on_signals, save, write
 from load.endpoints import Endpoint
 from load.observer import Observer
 
@@ -31,7 +30,7 @@ def observe(given: argparse.Namespace) -> int:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         report = runner.run(_run(given, broker))
     if given.json is not None:
-        given.json.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2) + b"\n")
+        save("--json", given.json, report)
     if given.progress == "json":
         write({"event": "report", **report})
         return 0

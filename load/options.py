@@ -7,7 +7,9 @@ process; whoever runs several divides before. Must not come in: the command line
 
 from __future__ import annotations
 
+import math
 import resource
+import ssl
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -91,7 +93,14 @@ class Options:
         share = "0 < DECAY <= 1"
         checks = [
             (bool(self.targets), "at least one target"),
-            (self.connect_rate > 0, f"--connect-rate {self.connect_rate:g}: above 0"),
+            (
+                all(
+                    stage.connections >= 0 and 0 <= stage.publish_rate < math.inf
+                    for stage in self.shape.stages
+                ),
+                "--connections, --publish-rate: 0 or more",
+            ),
+            (0 < self.connect_rate < math.inf, f"--connect-rate {self.connect_rate:g}: above 0"),
             (0 < self.connect_rate_decay <= 1, f"--connect-rate-decay: {share}"),
             (self.connect_timeout_seconds > 0, "--connect-timeout: above 0"),
             (self.max_connecting >= 1, "--max-connecting: 1 or more"),
@@ -124,6 +133,19 @@ class Options:
         if self.replay is not None:
             return Replay.load(self.replay, trail=self.trail)
         return Mix(self.families, seed=self.seed, trail=self.trail)
+
+    def tls(self) -> ssl.SSLContext | None:
+        """Return what checks the targets' certificates; None: no target has one.
+
+        Raises:
+            BadOption: the authorities can't be read.
+        """
+        if not any(target.tls for target in self.targets):
+            return None
+        try:
+            return ssl.create_default_context(cafile=self.tls_ca)
+        except OSError as error:  # SSLError is one
+            raise BadOption(f"--tls-ca {self.tls_ca}: {error}") from None
 
     def raise_descriptor_limit(self) -> None:
         """Lift this process's limit of descriptors as far as it needs and may.

@@ -17,12 +17,13 @@ The text form, stages joined by commas:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from load.errors import BadOption
 
-__all__ = ["KINDS", "Shape", "Stage", "Target"]
+__all__ = ["KINDS", "Shape", "Stage", "Target", "share_of"]
 
 KINDS: Final = ("ramp", "plateau", "storm", "drain")
 
@@ -85,16 +86,12 @@ class Shape:
 
     def share(self, part: int, parts: int) -> Shape:
         """Return what process number `part` (from 0) of `parts` does of it."""
-
-        def of(total: int) -> int:
-            return total * (part + 1) // parts - total * part // parts
-
         return Shape(
             tuple(
                 Stage(
                     one.kind,
                     one.seconds,
-                    of(one.connections),
+                    share_of(one.connections, part, parts),
                     one.publish_rate / parts,
                     one.drop_share,
                 )
@@ -120,7 +117,7 @@ class Shape:
             try:
                 seconds, *figures = [float(one) for one in rest]
                 stages.append(_stage(kind, seconds, figures, stages[-1] if stages else None))
-            except (ValueError, IndexError):
+            except (ValueError, IndexError, OverflowError):
                 raise BadOption(
                     f"the stage {part!r} of the shape is not understood: ramp:SECONDS:CONNECTIONS"
                     "[:RATE], plateau:SECONDS[:RATE], storm:SECONDS:SHARE[:RATE] or drain:SECONDS"
@@ -128,8 +125,13 @@ class Shape:
         return cls(tuple(stages))
 
 
+def share_of(total: int, number: int, parts: int) -> int:
+    """Return what process `number` (from 0) of `parts` has of a total; the shares add up to it."""
+    return total * (number + 1) // parts - total * number // parts
+
+
 def _stage(kind: str, seconds: float, figures: list[float], before: Stage | None) -> Stage:
-    """Raises ValueError or IndexError on figures that are not for this kind."""
+    """Raises ValueError, IndexError or OverflowError on figures that are not for this kind."""
     connections = before.connections if before else 0
     rate = before.publish_rate if before else 0.0
     drop = 0.0
@@ -141,7 +143,9 @@ def _stage(kind: str, seconds: float, figures: list[float], before: Stage | None
         connections, rate = 0, 0.0
     if figures and kind != "drain":
         rate = figures.pop(0)
-    if kind not in KINDS or figures or seconds <= 0 or connections < 0 or not 0 <= drop <= 1:
+    if kind not in KINDS or figures or not seconds > 0 or connections < 0 or not 0 <= drop <= 1:
+        raise ValueError
+    if not 0 <= rate < math.inf:
         raise ValueError
     return Stage(kind, seconds, connections, rate, drop)
 

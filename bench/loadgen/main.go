@@ -95,6 +95,7 @@ func run(
 	g.tap = &tap{
 		broker:     broker,
 		early:      cassandra != "",
+		own:        []byte(d.prefix + deviceLevel),
 		arrivals:   arrivals,
 		subscribed: func(level byte) { subscribed <- level },
 		onDurable: func() {
@@ -248,7 +249,10 @@ func (g *generator) saturate(until time.Time) error {
 			continue
 		}
 		p := g.next()
-		micros := now.UnixMicro()
+		if !p.room(func() bool { return time.Now().After(until) || g.interrupted() }) {
+			return nil
+		}
+		micros := time.Now().UnixMicro()
 		for range chunk {
 			p.add(&g.document, g.sequence, micros)
 			g.sequence++
@@ -265,6 +269,9 @@ func (g *generator) inject(updates int64) error {
 	began := time.Now()
 	for sent := int64(0); sent < updates && !g.interrupted(); {
 		p := g.next()
+		if !p.room(func() bool { return time.Since(began) > injectLimit || g.interrupted() }) {
+			break
+		}
 		micros := time.Now().UnixMicro()
 		for range min(chunk, updates-sent) {
 			p.add(&g.document, g.sequence, micros)
@@ -297,14 +304,15 @@ func (g *generator) untilDurable(until time.Time) error {
 // so that a stall of this program or of the broker shows in the latency of all that it delayed.
 func (g *generator) pace(rate float64, until time.Time) error {
 	start := time.Now()
-	for sent := int64(0); ; {
-		now := time.Now()
-		if now.After(until) || g.interrupted() {
-			return nil
-		}
-		due := int64(now.Sub(start).Seconds() * rate)
-		if sent < due {
+	over := func() bool { return time.Now().After(until) || g.interrupted() }
+	due := func() int64 { return int64(time.Since(start).Seconds() * rate) }
+	for sent := int64(0); !over(); {
+		if sent < due() {
 			p := g.next()
+			if !p.room(over) {
+				break
+			}
+			now, due := time.Now(), due()
 			first := start.Add(time.Duration(float64(sent) / rate * float64(time.Second)))
 			g.late = append(g.late, int32(now.Sub(first).Microseconds()))
 			for ; sent < due; sent++ {
@@ -318,6 +326,7 @@ func (g *generator) pace(rate float64, until time.Time) error {
 		}
 		time.Sleep(500 * time.Microsecond)
 	}
+	return nil
 }
 
 func (g *generator) next() *publisher {
@@ -332,6 +341,7 @@ func (g *generator) drain(until time.Time, others int64) {
 	g.tell(event{
 		"event": "drained", "published": g.sequence, "accepted": g.accepted(),
 		"durable": g.tap.durable.Load(), "held": g.tap.held.Load(),
+		"connected": g.tap.connected.Load(), "again": g.tap.again.Load(),
 	})
 }
 

@@ -21,6 +21,8 @@ const (
 	ackPause = 5 * time.Millisecond
 	// usualLeaves is how many leaves a document has that is measured everywhere.
 	usualLeaves = 4
+	// deviceLevel is the topic of a device after the prefix, before its number.
+	deviceLevel = "/device-"
 )
 
 // A document says what is published, and by whom. All documents hold the leaf volume, a running
@@ -33,9 +35,10 @@ type document struct {
 	topic     []byte
 }
 
-// A publisher is one connection that publishes with QoS 1.
+// A publisher is one connection that publishes with QoS 1. Only missing acknowledgements hold it back
+// (room): a write that waited for a broker that does not read would know of no end.
 type publisher struct {
-	conn    net.Conn
+	to      io.Writer
 	sent    int64
 	acked   atomic.Int64
 	payload []byte
@@ -62,7 +65,7 @@ func connect(broker, clientID string) (*publisher, error) {
 	if connack[0]>>4 != typeConnack || connack[3] != 0 {
 		return nil, fmt.Errorf("refused: % x", connack)
 	}
-	p := &publisher{conn: conn}
+	p := &publisher{to: newOutbox(conn)}
 	go p.count(in)
 	return p, nil
 }
@@ -151,7 +154,7 @@ func (of *document) appendOther(d []byte, sequence int64) []byte {
 // appendTopic makes the topic of a device, PREFIX/device-NUMBER/shadow/update.
 func (of *document) appendTopic(device int64) {
 	t := append(of.topic[:0], of.prefix...)
-	t = append(t, "/device-"...)
+	t = append(t, deviceLevel...)
 	t = appendPadded(t, device, 5)
 	of.topic = append(t, "/shadow/update"...)
 }
@@ -169,12 +172,20 @@ func appendPadded(to []byte, number int64, digits int) []byte {
 	return strconv.AppendInt(to, number, 10)
 }
 
-// flush writes what was added, after the broker acknowledged enough of what went before.
-func (p *publisher) flush() error {
+// room waits until the broker acknowledged enough of what went before; false: it was over first.
+func (p *publisher) room(over func() bool) bool {
 	for p.sent-p.acked.Load() > maxUnacked {
+		if over() {
+			return false
+		}
 		time.Sleep(time.Millisecond)
 	}
-	_, err := p.conn.Write(p.out)
+	return true
+}
+
+// flush writes what was added.
+func (p *publisher) flush() error {
+	_, err := p.to.Write(p.out)
 	p.out = p.out[:0]
 	return err
 }

@@ -14,11 +14,15 @@ const chunkBytes = 256 * 1024
 
 // A tap stands between a service and the broker. It passes on every byte and measures from publish
 // to PUBACK, which a service sends when the update is durable (cqlTap is for one that does not).
+// What a service says is taken from it at once, however slowly the broker reads it: see outbox.
 type tap struct {
 	broker     string
 	early      bool         // the service acknowledges before the write: a cqlTap counts instead
 	arrivals   bool         // whether to measure from publish to subscriber, too
 	durable    atomic.Int64 // updates
+	connected  atomic.Int64 // connections of services, all there ever were
+	again      atomic.Int64 // updates that were acknowledged before, and came again
+	own        []byte       // how topics of the load generator begin
 	held       peak         // most deliveries that a connection had unacknowledged
 	subscribed func(level byte)
 	onDurable  func()
@@ -28,15 +32,25 @@ type tap struct {
 	micros    []int32 // latency of each durable update
 	arrived   []int32 // µs from publish to here, of each delivery
 	told      [2]int  // of both, how many lately had told of
+	known     set     // what is durable
 }
 
-// A tapped is one connection: the publish time of what the service has not acknowledged, by packet id.
+// A delivery is an update on its way to the service.
+type delivery struct {
+	sent int64 // when it was published, µs; 0: it is not ours
+	name uint64
+}
+
+// A tapped is one connection: what the service has not acknowledged, by packet id. A broker that heeds
+// no Receive Maximum gives an id again that is still in use, so an id has several; the service
+// acknowledges them in turn.
 type tapped struct {
 	*tap
 	level   byte
-	pending [1 << 16]atomic.Int64
-	open    atomic.Int64
-	done    []int32
+	guard   sync.Mutex
+	pending [1 << 16][]delivery
+	open    int64
+	done    []delivery
 	came    []int32
 }
 
@@ -52,9 +66,11 @@ func (t *tap) serve(listener net.Listener) {
 			_ = service.Close()
 			continue
 		}
+		t.connected.Add(1)
 		c := &tapped{tap: t}
-		go pass(service, broker, c.fromService)
-		go pass(broker, service, c.fromBroker)
+		patient := newOutbox(broker)
+		go pass(service, patient, c.fromService)
+		go pass(patient, service, c.fromBroker)
 	}
 }
 
@@ -111,9 +127,8 @@ func (c *tapped) fromBroker(data []byte, now int64) (int, error) {
 		case typePublish:
 			if id, ok := publishID(first, body); ok {
 				sent := stamp(body)
-				c.pending[id].Store(sent)
-				c.held.raise(c.open.Add(1))
-				if c.arrivals && sent != 0 {
+				c.held.raise(c.opened(id, delivery{sent, nameOf(body, c.own)}))
+				if c.arrivals && sent != 0 && first&dupFlag == 0 {
 					c.came = append(c.came, int32(now-sent))
 				}
 			}
@@ -139,25 +154,60 @@ func (c *tapped) fromService(data []byte, now int64) (int, error) {
 		case typeConnect:
 			c.level = protocolLevel(body)
 		case typePuback:
-			if len(body) > 2 && body[2] >= firstFailure {
-				continue
+			if len(body) < 2 {
+				return seen, errShort
 			}
-			if sent := c.pending[binary.BigEndian.Uint16(body)].Swap(0); sent != 0 {
-				c.open.Add(-1)
-				c.done = append(c.done, int32(now-sent))
+			one := c.closed(binary.BigEndian.Uint16(body))
+			refused := len(body) > 2 && body[2] >= firstFailure
+			if one.sent != 0 && !refused {
+				c.done = append(c.done, one)
 			}
 		}
 	}
-	c.acked(c.done)
+	c.acked(c.done, now)
 	return seen, nil
 }
 
-// acked is called for what the service acknowledged; what Cassandra answered counts instead, if
-// there is a tap for it.
-func (t *tap) acked(micros []int32) {
-	if !t.early {
-		t.confirm(micros)
+// opened notes a delivery, and returns how many have no acknowledgement.
+func (c *tapped) opened(id uint16, one delivery) int64 {
+	c.guard.Lock()
+	defer c.guard.Unlock()
+	c.pending[id] = append(c.pending[id], one)
+	c.open++
+	return c.open
+}
+
+// closed returns what is acknowledged; nothing of ours if nothing is open.
+func (c *tapped) closed(id uint16) (one delivery) {
+	c.guard.Lock()
+	defer c.guard.Unlock()
+	waiting := c.pending[id]
+	if len(waiting) == 0 {
+		return one
 	}
+	one = waiting[0]
+	c.open--
+	c.pending[id] = slices.Delete(waiting, 0, 1)
+	return one
+}
+
+// acked counts what the service acknowledged, unless there is a tap for what Cassandra answered.
+// After a lost connection the broker delivers again what it has no acknowledgement of; an update is
+// durable once.
+func (t *tap) acked(done []delivery, now int64) {
+	if t.early {
+		return
+	}
+	micros := make([]int32, 0, len(done))
+	t.mutex.Lock()
+	for _, one := range done {
+		if t.known.add(one.name) {
+			micros = append(micros, int32(now-one.sent))
+		}
+	}
+	t.mutex.Unlock()
+	t.again.Add(int64(len(done) - len(micros)))
+	t.confirm(micros)
 }
 
 // confirm counts updates that are durable.

@@ -12,11 +12,15 @@ const (
 	typePublish   = 3
 	typePuback    = 4
 	typeSuback    = 9
+	dupFlag       = 8
 	firstFailure  = 0x80
 	maxLengthSize = 4
 )
 
-var errLength = errors.New("malformed remaining length")
+var (
+	errLength = errors.New("malformed remaining length")
+	errShort  = errors.New("a PUBACK without a packet id")
+)
 
 // packet splits off the first packet of data: its first byte, its body, and its size. size is 0
 // while the packet is not whole.
@@ -74,11 +78,16 @@ func publishID(first byte, body []byte) (id uint16, ok bool) {
 	if first&6 != 2 || len(body) < 2 {
 		return 0, false
 	}
-	at := 2 + int(binary.BigEndian.Uint16(body))
+	at := publishIDAt(body)
 	if len(body) < at+2 {
 		return 0, false
 	}
 	return binary.BigEndian.Uint16(body[at:]), true
+}
+
+// publishIDAt returns where the packet id of a PUBLISH stands: after the topic.
+func publishIDAt(body []byte) int {
+	return 2 + int(binary.BigEndian.Uint16(body))
 }
 
 // protocolLevel returns the version that a CONNECT asks for: 4 is MQTT 3.1.1, 5 is MQTT 5.
@@ -93,10 +102,16 @@ func stamp(body []byte) int64 {
 	if len(body) == 0 || body[len(body)-1] != '}' {
 		return 0
 	}
-	value, scale := int64(0), int64(1)
-	for i := len(body) - 2; i >= 0 && body[i] >= '0' && body[i] <= '9'; i-- {
-		value += int64(body[i]-'0') * scale
+	value, _ := numberBefore(body, len(body)-1)
+	return value
+}
+
+// numberBefore returns the digits that end before end, and where they begin.
+func numberBefore(text []byte, end int) (value int64, begin int) {
+	scale := int64(1)
+	for begin = end; begin > 0 && text[begin-1] >= '0' && text[begin-1] <= '9'; begin-- {
+		value += int64(text[begin-1]-'0') * scale
 		scale *= 10
 	}
-	return value
+	return value, begin
 }

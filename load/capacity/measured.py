@@ -123,10 +123,9 @@ def _of_bench(summary: Mapping[str, Any]) -> dict[str, float]:
 
 def _of_growth(results: list[Mapping[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
-    for axis, unit in (("leaves", "leaf"), ("payload", "payload_byte")):
+    for axis, unit, measured in (("leaves", "leaf", 4), ("payload", "payload_byte", 110)):
         for part, figure in (("service", "cpu_us"), ("cassandra", "cassandra_cpu_us")):
             points = sorted((one["value"], one[figure]) for one in results if one["axis"] == axis)
-            measured = {"leaves": 4, "payload": 110}[axis]
             before = [cost for value, cost in points if value == measured]
             beyond = [(value, cost) for value, cost in points if value > measured]
             if before and beyond:
@@ -182,9 +181,9 @@ def _command(document: Mapping[str, Any]) -> str:
 
 def _machine(document: Mapping[str, Any]) -> str:
     machine = document["machine"]
-    programs = ", ".join(str(machine[key]) for key in ("mosquitto",) if machine.get(key))
+    broker = machine.get("mosquitto")
     return (
         f"{machine['cores']} virtual cores ({machine['cpu']}), Python {machine['python']}"
-        + (f", {programs}" if programs else "")
+        + (f", {broker}" if broker else "")
         + "; everything on the same cores"
     )

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from load.capacity.plan import KINDS
 from load.errors import BadOption
 
 __all__ = ["PRICES_FILE", "Machine", "Managed", "Prices", "Source", "read_prices"]
 
 PRICES_FILE: Final = Path(__file__).with_name("prices.toml")
-_KINDS: Final = ("listener", "broker", "ingress", "cassandra")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +84,12 @@ def read_prices(path: Path = PRICES_FILE) -> Prices:
         return _prices(tables)
     except KeyError as error:
         raise BadOption(f"--prices {path}: {error.args[0]} is missing") from error
-    except TypeError as error:
-        raise BadOption(f"--prices {path}: {error}") from error
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise BadOption(f"--prices {path}: {error}") from error
 
 
 def _prices(tables: dict[str, Any]) -> Prices:
-    machines = {kind: Machine(**tables["machines"][kind]) for kind in _KINDS}
+    machines = {kind: Machine(**tables["machines"][kind]) for kind in KINDS}
     for kind, machine in machines.items():
         if min(machine.cores, machine.memory_bytes, machine.share) < 1:
             raise ValueError(f"machines.{kind}: cores, memory_bytes and share are 1 or more")

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from load.arguments import DEFAULTS, password_of
 from load.backoff import BACKOFFS
 from load.endpoints import Endpoint, parse_sources
 from load.errors import BadOption
-from load.families import NAMES
 from load.options import Options
 from load.shapes import Shape
 
@@ -77,7 +77,7 @@ class Plan:
             first_number=int(given["first_number"]),
             topic=_text(given, "topic"),
             username=_text(given, "username") or None,
-            password=_password(_path(given, "password_file")),
+            password=password_of(_path(given, "password_file")),
             keep_alive_seconds=int(given["keep_alive"]),
             clean_start=not int(given["session_expiry"]),
             session_expiry_seconds=int(given["session_expiry"]),
@@ -142,24 +142,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "SECONDS",
         "between two updates of a device; 0: none. A shape that says rates has its own",
     )
-    _add(group, "--connect-rate", 200.0, "RATE", "connects a second of each process at most")
+    _add(
+        group,
+        "--connect-rate",
+        DEFAULTS["connect_rate"],
+        "RATE",
+        "connects a second of each process at most",
+    )
     _add(
         group,
         "--connect-rate-decay",
-        0.5,
+        DEFAULTS["connect_rate_decay"],
         "FACTOR",
         "of the connect rate after each second in which a tenth of the connects failed; 1: none",
     )
-    _add(group, "--connect-timeout", 30.0, "SECONDS", "for each step of connecting")
-    _add(group, "--max-connecting", 500, "N", "devices of a process that connect at the same time")
+    _add(
+        group,
+        "--connect-timeout",
+        DEFAULTS["connect_timeout_seconds"],
+        "SECONDS",
+        "for each step of connecting",
+    )
+    _add(
+        group,
+        "--max-connecting",
+        DEFAULTS["max_connecting"],
+        "N",
+        "devices of a process that connect at the same time",
+    )
     _add(
         group,
         "--backoff",
-        "full-jitter",
+        DEFAULTS["backoff"].name,
         "NAME",
         "a device's wait before it connects again: " + ", ".join(BACKOFFS),
     )
-    _add(group, "--backoff-max", 60.0, "SECONDS", "longest wait of a device")
+    _add(
+        group,
+        "--backoff-max",
+        DEFAULTS["backoff"].most_seconds,
+        "SECONDS",
+        "longest wait of a device",
+    )
     _add(
         group,
         "--sources",
@@ -177,9 +201,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(group, "--tls-name", "", "NAME", "name in the certificates; the target's without it")
 
     group = parser.add_argument_group("devices", "Who they are and what they publish.")
-    _add(group, "--client-id", "load-{number:07d}", "TEMPLATE", "of a device")
-    _add(group, "--topic", "things/{client_id}/shadow/update", "TEMPLATE", "where it publishes")
-    _add(group, "--first-number", 0, "N", "number of the first device")
+    _add(group, "--client-id", DEFAULTS["client_id"], "TEMPLATE", "of a device")
+    _add(group, "--topic", DEFAULTS["topic"], "TEMPLATE", "where it publishes")
+    _add(group, "--first-number", DEFAULTS["first_number"], "N", "number of the first device")
     _add(
         group,
         "--devices-per-worker",
@@ -190,11 +214,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add(
         group,
         "--families",
-        ",".join(NAMES[:4]),
+        ",".join(DEFAULTS["families"]),
         "NAMES",
         "of devices, in turn; also leaves:COUNT[:BYTES]",
     )
-    _add(group, "--seed", 1, "N", "of all chance in what is published")
+    _add(group, "--seed", DEFAULTS["seed"], "N", "of all chance in what is published")
     _add(
         group,
         "--trail",
@@ -204,9 +228,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a check finds every single one",
     )
     _add(group, "--replay", "", "FILE", "a recording in place of the families")
-    _add(group, "--qos", 1, "0|1", "of updates; 0 is never acknowledged")
-    _add(group, "--max-in-flight", 8, "N", "updates of a device without an answer")
-    _add(group, "--keep-alive", 60, "SECONDS", "of a connection; 0: none")
+    _add(group, "--qos", DEFAULTS["qos"], "0|1", "of updates; 0 is never acknowledged")
+    _add(
+        group,
+        "--max-in-flight",
+        DEFAULTS["max_in_flight"],
+        "N",
+        "updates of a device without an answer",
+    )
+    _add(
+        group, "--keep-alive", DEFAULTS["keep_alive_seconds"], "SECONDS", "of a connection; 0: none"
+    )
     _add(
         group,
         "--session-expiry",
@@ -265,15 +297,6 @@ def _text(given: Mapping[str, Any], name: str) -> str:
 def _path(given: Mapping[str, Any], name: str) -> Path | None:
     text = _text(given, name)
     return Path(text) if text else None
-
-
-def _password(path: Path | None) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        return path.read_bytes().partition(b"\n")[0].rstrip(b"\r")
-    except OSError as error:
-        raise BadOption(f"--password-file {path}: {error.strerror}") from None
 
 
 def _passwords(path: Path | None) -> dict[str, bytes]:

@@ -22,7 +22,6 @@ import logging
 import math
 import resource
 import socket
-import ssl
 import time
 from collections import Counter, deque
 from dataclasses import replace
@@ -36,7 +35,7 @@ from gevent.event import Event
 from load.backoff import ConnectRate
 from load.device import Device
 from load.endpoints import route
-from load.errors import BadOption, BrokenConnection, LoadError
+from load.errors import BrokenConnection, LoadError
 from load.journal import Journal
 from load.locust.life import Life, Open
 from load.locust.pace import Schedule, schedule
@@ -59,7 +58,6 @@ WEBSOCKET: Final = "WS"
 
 _TICK_SECONDS: Final = 0.01
 _NAMES_SECONDS: Final = 30.0
-_NO_SUBSCRIBER: Final = 16
 _FIRST_REFUSAL: Final = 128
 _log = logging.getLogger("load")
 
@@ -92,14 +90,13 @@ class Rig:
         self.highest_descriptor = -1
         self._watch = watch
         self._fire = fire
-        self._first = first
         self._numbers = list(range(first, first + plan.devices_per_worker))
         self._sequences: Counter[int] = Counter()
         self._watching: Counter[str] = Counter()
         self._source = options.source()
         self._rate = ConnectRate(options.connect_rate, decay=options.connect_rate_decay)
         self._line: deque[_Turn] = deque()
-        self._tls = _tls(plan)
+        self._tls = options.tls()
         self._names: dict[str, list[tuple[int, str]]] = {}
         self._began = math.nan
         self._greenlets: list[Any] = []
@@ -379,16 +376,6 @@ _COUNTS: Final = (
     "unanswered",
     "skipped",
 )
-
-
-def _tls(plan: Plan) -> ssl.SSLContext | None:
-    options = plan.options
-    if not any(endpoint.tls for endpoint in options.targets):
-        return None
-    try:
-        return ssl.create_default_context(cafile=options.tls_ca)
-    except OSError as error:  # SSLError is one
-        raise BadOption(f"--tls-ca {options.tls_ca}: {error}") from None
 
 
 def _journaled(plan: Plan, worker: int) -> Options:

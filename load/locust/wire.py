@@ -17,6 +17,7 @@ import socket
 import ssl
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from load.endpoints import bound_socket
 from load.errors import BrokenConnection
 
 if TYPE_CHECKING:
@@ -28,9 +29,6 @@ __all__ = ["Address", "Wire"]
 _READ_BYTES: Final = 16_384
 _LEAST_WAIT_SECONDS: Final = 0.0001  # 0 would mean: never wait
 _SEND_SECONDS: Final = 10.0
-# Linux: the port is chosen by connect(), when the other end is known, so that a source address has
-# its 28,000 or more ports towards each target (ip(7)). Python 3.11 has no name for it.
-_IP_BIND_ADDRESS_NO_PORT: Final = 24
 
 
 class Address(NamedTuple):
@@ -72,13 +70,12 @@ class Wire:
         """
         connection = None
         try:
-            connection = socket.socket(address.family, socket.SOCK_STREAM)
+            if address.source is None:
+                connection = socket.socket(address.family, socket.SOCK_STREAM)
+            else:
+                connection = bound_socket(address.source)
             connection.settimeout(limit_seconds)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if address.source is not None:
-                if address.family == socket.AF_INET:
-                    connection.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
-                connection.bind((address.source, 0))
             connection.connect(address.sockaddr)
             if address.tls is not None:
                 name = address.tls_name or address.endpoint.host

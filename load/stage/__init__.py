@@ -7,7 +7,8 @@ Rooms:
 - `drivers`: processes of the lean driver, what they say, and how they are ended; `ear`: the
   subscribers of all brokers.
 - `recovery`: what a series of connected devices says about a storm. Pure.
-- `paper`: tables, pictures, an HTML page of both, and their place in a document.
+- `paper`: tables, pictures, an HTML page of both, and their place in a document; `results`: where
+  all that a run says is left.
 - `scale`, `headline`, `growth`: the runs; `scripts/scale`, `scripts/headline`, `scripts/growth`.
 
 Rules: everything is a real process on the loopback, ended by its process id; every figure stands

@@ -25,17 +25,23 @@ from backing.process import die_with_parent
 from bench.services import REPOSITORY
 from load.histogram import Histogram
 from load.report import MAX_CPU_SHARE, MAX_LATENESS_SECONDS
+from load.shapes import share_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-__all__ = ["Drivers", "Ears", "Merged", "share_of"]
+__all__ = ["Drivers", "Ears", "Merged"]
 
 _STOP_SECONDS = 60.0
 _HURRY_SECONDS = 10.0
 _READY_SECONDS = 60.0
 _QUOTED_LINES = 20
+_COUNTS = (
+    "connected", "published", "acknowledged", "unrouted", "refused", "skipped", "sent_again"
+)  # fmt: skip
+_DURATIONS = ("connect", "puback", "lateness")
+"""Of a phase."""
 
 
 @dataclass(slots=True)
@@ -68,13 +74,11 @@ class Merged:
         self.seconds = max(self.seconds, phase["seconds"])
         self.cpu_seconds += phase["cpu_seconds"]
         self.worst_cpu_share = max(self.worst_cpu_share, phase["cpu_share"])
-        for name in (
-            "connected", "published", "acknowledged", "unrouted", "refused", "skipped", "sent_again"
-        ):  # fmt: skip
+        for name in _COUNTS:
             setattr(self, name, getattr(self, name) + phase[name])
         self.failed.update(phase["failed"])
         self.lost.update(phase["lost"])
-        for name in ("connect", "puback", "lateness"):
+        for name in _DURATIONS:
             getattr(self, name).merge(Histogram.from_json(phase[name]))
 
     @property
@@ -95,13 +99,7 @@ class Merged:
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "worst_cpu_share": self.worst_cpu_share,
-            "connected": self.connected,
-            "published": self.published,
-            "acknowledged": self.acknowledged,
-            "unrouted": self.unrouted,
-            "refused": self.refused,
-            "skipped": self.skipped,
-            "sent_again": self.sent_again,
+            **{name: getattr(self, name) for name in _COUNTS},
             "failed": dict(self.failed),
             "lost": dict(self.lost),
             **{
@@ -110,7 +108,7 @@ class Merged:
                     for key, value in getattr(self, name).as_json().items()
                     if key != "buckets"
                 }
-                for name in ("connect", "puback", "lateness")
+                for name in _DURATIONS
             },
             "rig_is_the_bottleneck": self.bottlenecks,
         }
@@ -274,11 +272,6 @@ class Ears:
         while self._process.reading and time.monotonic() < deadline:
             time.sleep(0.05)
         return self._process.latest
-
-
-def share_of(total: int, number: int, parts: int) -> int:
-    """Return what process `number` (from 0) of `parts` has of a total; the shares add up to it."""
-    return total * (number + 1) // parts - total * number // parts
 
 
 class _Piped:

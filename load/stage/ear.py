@@ -14,14 +14,13 @@ come in: publishing.
 from __future__ import annotations
 
 import asyncio
-import json
-import signal
 import sys
 import time
 from typing import TYPE_CHECKING, Any, cast
 
 import uvloop
 
+from load.console import obey, on_signals, write
 from load.device import Connected, Device, Message, Subscribed
 from load.families import sent_at_us
 from load.histogram import Histogram
@@ -44,12 +43,11 @@ class Ears:
         self.lost = 0
         self.unknown = 0
         """Messages without a time."""
-        self._now = self.begin("start")
+        self.begin("start")
 
-    def begin(self, phase: str) -> Histogram:
+    def begin(self, phase: str) -> None:
         """Count for this phase from now on."""
         self._now = self.phases.setdefault(phase, Histogram())
-        return self._now
 
     def heard(self, message: Message) -> None:
         """Take one message."""
@@ -100,18 +98,14 @@ class _Ear(asyncio.Protocol):
 async def _listen(ears: Ears, addresses: Sequence[str]) -> None:
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
-    for wanted in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(wanted, done.set)
+    on_signals(done.set)
     for number, address in enumerate(addresses):
         host, _, port = address.rpartition(":")
         await loop.create_connection(lambda number=number: _Ear(ears, number), host, int(port))  # type: ignore[misc]
     while ears.listening < len(addresses) and not (ears.lost or done.is_set()):  # noqa: ASYNC110
         await asyncio.sleep(_TICK_SECONDS)
-    sys.stdout.write(json.dumps({"listening": ears.listening}) + "\n")
-    sys.stdout.flush()
-    commands = asyncio.StreamReader()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
-    obeying = asyncio.create_task(_obey(ears, commands, done), name="commands")
+    write({"listening": ears.listening})
+    obeying = asyncio.create_task(_obey(ears, done), name="commands")
     due = loop.time() + _TICK_SECONDS
     while not done.is_set():
         await asyncio.sleep(due - loop.time())
@@ -121,9 +115,8 @@ async def _listen(ears: Ears, addresses: Sequence[str]) -> None:
     obeying.cancel()
 
 
-async def _obey(ears: Ears, commands: asyncio.StreamReader, done: asyncio.Event) -> None:
-    while line := (await commands.readline()).decode().strip():
-        ears.begin(line)
+async def _obey(ears: Ears, done: asyncio.Event) -> None:
+    await obey(lambda *line: ears.begin(" ".join(line).strip()))
     done.set()
 
 
@@ -133,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ears = Ears()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_listen(ears, addresses))
-    sys.stdout.write(json.dumps(ears.as_json()) + "\n")
+    write(ears.as_json())
     return 0
 
 

@@ -16,21 +16,21 @@ import os
 import sys
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backing import BackingError, Cassandra, CassandraCluster, Mosquitto
 from bench import measure
 from bench.measure import BenchError, Load
-from bench.services import REPOSITORY, SERVICES, Place
+from bench.services import SERVICES, Place
 from load.stage import growth_report
 from load.stage.console import command_line, interruptible, say
 from load.stage.growth_report import Result
+from load.stage.results import OUT, add_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
-_OUT = REPOSITORY / "out"
 _SERVICE = SERVICES["shadowsvc"]
 _WARM_SECONDS = 3.0
 _FILL_PER_SECOND = 8_000
@@ -106,10 +106,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="on the axis of devices: as many are written once before the measurement, at most "
         "(default: %(default)s)")  # fmt: skip
     add("--heap", default="2G", help="heap of a single Cassandra node (default: %(default)s)")
-    add("--json", type=Path, default=_OUT / "growth.json", help="result (default: %(default)s)")
-    add("--plot", type=Path, default=_OUT / "growth.png", help="picture (default: %(default)s)")
-    add("--page", type=Path, default=_OUT / "growth.html", help="page (default: %(default)s)")
-    add("--docs", action="store_true", help="put tables and picture into docs/scale.md, too")
+    add_options(parser, "growth")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.only if name not in AXES]
     if unknown:
@@ -120,7 +117,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.seconds, options.warm_up = 3.0, 5.0
         options.fill_limit = 10_000
     options.command = command_line("scripts/growth")
-    options.logs = _OUT / "growth" / "logs"
+    options.logs = OUT / "growth" / "logs"
     options.logs.mkdir(parents=True, exist_ok=True)
     return options
 

@@ -7,14 +7,12 @@ last point is dashed and labelled. Must not come in: how a point is measured.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from bench import report as bench_report
-from bench.services import REPOSITORY
-from load.stage.console import say, tell, written
-from load.stage.paper import Line, Panel, Table, draw, into_document, number, page
+from load.stage.paper import Line, Panel, Table, number
+from load.stage.results import Results, leave
 
 if TYPE_CHECKING:
     import argparse
@@ -286,46 +284,24 @@ def write(
     interrupted: bool,
 ) -> None:  # fmt: skip
     """Print the tables, and write JSON, picture and page."""
-    made = tables(results)
     told = warnings(results, failed, interrupted=interrupted)
-    text = "\n\n".join([*told, *(f"{table.title}\n\n{table.markdown()}" for table in made)])
-    tell(f"\n{text}\n")
-    document = {
-        "command": options.command,
-        "machine": bench_report.machine(),
-        "interrupted": interrupted,
-        "warnings": told,
-        "failed": list(failed),
-        "results": [asdict(one) for one in results],
-        "extrapolations": extrapolations(results),
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(document, indent=1) + "\n")
-    written(options.json)
-    drawn = panels(results)
-    pictures = []
-    if drawn:
-        try:
-            draw(options.plot, "How the service grows", drawn)
-            pictures.append(options.plot)
-            written(options.plot)
-            if options.docs:
-                draw(REPOSITORY / "docs" / "growth.svg", "How the service grows", drawn)
-        except ImportError:
-            say("no picture: matplotlib is not installed")
-    page(
-        options.page,
-        title="How the service grows",
-        command=options.command,
-        notes=["CPU is µs an update at saturation; latency is publish to durable, at half of it."],
-        warnings=told,
-        tables=made,
-        pictures=pictures,
+    leave(
+        options,
+        Results(
+            name="growth",
+            title="How the service grows",
+            caption="Curves",
+            note="CPU is µs an update at saturation; latency is publish to durable, at half of it.",
+            warnings=told,
+            tables=tables(results),
+            panels=panels(results),
+            document={
+                "machine": bench_report.machine(),
+                "interrupted": interrupted,
+                "warnings": told,
+                "failed": list(failed),
+                "results": [asdict(one) for one in results],
+                "extrapolations": extrapolations(results),
+            },
+        ),
     )
-    written(options.page)
-    if options.docs:
-        parts = [f"```sh\n{options.command}\n```", *told]
-        parts += [f"### {table.title}\n\n{table.markdown()}" for table in made]
-        if drawn:
-            parts.append("![Curves](growth.svg)")
-        into_document(REPOSITORY / "docs" / "scale.md", "growth", "\n\n".join(parts))

@@ -16,13 +16,12 @@ import os
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backing import BackingError, Cassandra
 from bench import measure
 from bench.measure import BenchError, Load
-from bench.services import REPOSITORY, SERVICES, Place
+from bench.services import SERVICES, Place
 from load.check import compare
 from load.errors import LoadError
 from load.stage import headline_report
@@ -30,6 +29,7 @@ from load.stage.accounting import Reading, reading
 from load.stage.console import command_line, interruptible, say
 from load.stage.drivers import Drivers, Merged
 from load.stage.plan import DoesNotFit, Plan, plan
+from load.stage.results import OUT, add_options
 from load.stage.site import Site, lift_descriptors
 
 if TYPE_CHECKING:
@@ -37,11 +37,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Observed", "Sample", "Step", "main", "run"]
 
-_OUT = REPOSITORY / "out"
 _SERVICE = SERVICES["shadowsvc"]
 _RATE = 9779.0  # publishes a second of the system that shadowsvc is made for
 _DEVICES = 20_000
-_CONNECTIONS = 8
+_PUBLISHERS = 8
 _PROGRESS_SECONDS = 5
 _CONNECT_SECONDS = 60.0
 _RAMP_PATIENCE = 4.0
@@ -96,6 +95,10 @@ class Observed:
     durable: int = 0
     """That the service acknowledged, over all steps."""
     held: int = 0
+    reconnects: int = 0
+    """How often the service lost its connection, and came back."""
+    again: int = 0
+    """Updates that it acknowledged before, and got again after that."""
     missing: int | None = None
     """Updates that the service did not acknowledge, and devices without their last update."""
     fleet_missing: int | None = None
@@ -166,6 +169,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of these, as many are published by the persistent connections themselves, and the "
         "rest by the load generator; a publish costs a driver several times as much CPU "
         "(default: %(default)g)")  # fmt: skip
+    add("--publishers", type=int, default=_PUBLISHERS, metavar="N",
+        help="connections of the load generator; mosquitto reads one packet of each in a turn "
+        "(default: %(default)s)")  # fmt: skip
     add("--transport", choices=("websocket", "mqtt"), default="websocket",
         help="of the persistent connections (default: %(default)s)")  # fmt: skip
     add("--pods", type=int, default=1, metavar="N", help="of the service (default: %(default)s)")
@@ -181,24 +187,23 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="until all that was published has to be durable (default: %(default)g)")  # fmt: skip
     add("--heap", default="2G", help="Cassandra's heap (default: %(default)s)")
     add("--quick", action="store_true", help="500 connections, 10 s: to see that it works")
-    add("--json", type=Path, default=_OUT / "headline.json", help="result (default: %(default)s)")
-    add("--plot", type=Path, default=_OUT / "headline.png", help="picture (default: %(default)s)")
-    add("--page", type=Path, default=_OUT / "headline.html", help="page (default: %(default)s)")
-    add("--docs", action="store_true", help="put tables and picture into docs/scale.md, too")
+    add_options(parser, "headline")
     options = parser.parse_args(arguments)
     if options.quick:
         options.connections = min(options.connections, 500)
         options.minutes = min(options.minutes, 1 / 6)
         options.warm_up = min(options.warm_up, 5.0)
-    if options.connections < 1 or options.minutes <= 0 or min(options.rates) <= 0:
-        parser.error("--connections, --minutes and --rates must be above 0")
+    if min(options.connections, options.publishers) < 1:
+        parser.error("--connections and --publishers must be above 0")
+    if options.minutes <= 0 or min(options.rates) <= 0:
+        parser.error("--minutes and --rates must be above 0")
     options.command = command_line("scripts/headline")
-    options.logs = _OUT / "headline" / "logs"
+    options.logs = OUT / "headline" / "logs"
     options.logs.mkdir(parents=True, exist_ok=True)
     return options
 
 
-def _load(saturate_seconds: float, pods: int = 1) -> Load:
+def _load(saturate_seconds: float, publishers: int = _PUBLISHERS, pods: int = 1) -> Load:
     return Load(
         saturate_warm_seconds=0,
         saturate_seconds=saturate_seconds,
@@ -206,7 +211,7 @@ def _load(saturate_seconds: float, pods: int = 1) -> Load:
         rate_warm_seconds=0,
         rate_seconds=0,
         window=1000,
-        connections=_CONNECTIONS,
+        connections=publishers,
         devices=_DEVICES,
         pods=pods,
     )
@@ -219,7 +224,7 @@ def _system(
     log = options.logs / "shadowsvc.log"
     log.unlink(missing_ok=True)
     address = f"{cassandra.address}:{cassandra.port}"
-    load = _load(0, options.pods)
+    load = _load(0, options.publishers, options.pods)
     with contextlib.ExitStack() as stack:
         site = stack.enter_context(Site(made))
         broker, node = site.brokers[0], site.ingresses[0]
@@ -345,6 +350,8 @@ class _System:
         observed.published = drained["published"]
         observed.durable = drained["durable"]
         observed.held = drained["held"]
+        observed.reconnects = drained["connected"] - len(self._pods.processes)
+        observed.again = drained["again"]
         observed.service_mb = self._pods.peak_bytes() / 1e6
 
     def read_back(self, keyspace: str) -> None:

@@ -8,15 +8,13 @@ read back. Pure but for `write`. Must not come in: processes.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from bench.report import machine
-from bench.services import REPOSITORY
-from load.stage.console import say, tell, written
-from load.stage.paper import Line, Panel, Table, draw, into_document, number, page
+from load.stage.paper import Line, Panel, Table, number
+from load.stage.results import Results, leave
 
 if TYPE_CHECKING:
     import argparse
@@ -68,6 +66,8 @@ def figures(observed: Observed) -> dict[str, Any]:
         "by_persistent_connections_unanswered": observed.fleet_unanswered,
         "durable": observed.durable,
         "most_unacknowledged": observed.held,
+        "reconnects_of_the_service": observed.reconnects,
+        "acknowledged_again": observed.again,
         "missing": observed.missing,
         "missing_of_persistent_connections": observed.fleet_missing,
         "drained_seconds": observed.drained_seconds,
@@ -159,6 +159,11 @@ def warnings(found: Mapping[str, Any]) -> list[str]:
                 "lasted, and says how long it lasted, not how fast the system is."
             )
         told += [f"The limit at {step['rate']:,.0f}/s: {text}." for text in step["bottleneck"]]
+    if found["reconnects_of_the_service"]:
+        told.append(
+            f"The service lost its connection {found['reconnects_of_the_service']} times, got "
+            f"{found['acknowledged_again']:,} updates again that it had written; each counts once."
+        )
     if found["missing"] is None or found["missing_of_persistent_connections"] is None:
         told.append("Not read back: nothing can be said about what is missing.")
     elif found["missing"] or found["missing_of_persistent_connections"]:
@@ -243,9 +248,11 @@ def _whole(found: Mapping[str, Any]) -> Table:
             number(found["by_persistent_connections_unanswered"]),
         ),
         ("acknowledged by the service", number(found["durable"])),
+        ("acknowledged once more", number(found["acknowledged_again"])),
         ("missing, of the load generator's", number(found["missing"])),
         ("missing, of persistent connections", number(found["missing_of_persistent_connections"])),
         ("most unacknowledged at a time", number(found["most_unacknowledged"])),
+        ("connections that the service lost", number(found["reconnects_of_the_service"])),
         ("seconds until all was durable", number(found["drained_seconds"])),
         ("peak memory of the service, MB", number(found["service_mb"])),
     )
@@ -315,55 +322,32 @@ def panels(observed: Observed) -> list[Panel]:
 def write(options: argparse.Namespace, observed: Observed) -> None:
     """Print the tables, and write JSON, picture and page."""
     found = figures(observed)
-    made, told = tables(found), warnings(found)
-    text = "\n\n".join([*told, *(f"{table.title}\n\n{table.markdown()}" for table in made)])
-    tell(f"\n{text}\n")
-    document = {
-        "command": options.command,
-        "machine": machine(),
-        "plan": asdict(observed.plan),
-        "warnings": told,
-        **found,
-        "samples": [
-            {
-                name: getattr(one, name)
-                for name in (
-                    "seconds", "durable", "connected", "mean_ms", "p99_ms", "subscriber_mean_ms",
-                    "subscriber_p99_ms",
-                )
-            }
-            for step in observed.steps
-            for one in step.samples
-        ],
-    }  # fmt: skip
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(document, indent=1) + "\n")
-    written(options.json)
-    drawn = panels(observed)
-    title = f"{observed.plan.connections:,} connections, the whole system on one machine"
-    pictures = []
-    if drawn:
-        try:
-            draw(options.plot, title, drawn)
-            pictures.append(options.plot)
-            written(options.plot)
-            if options.docs:
-                draw(REPOSITORY / "docs" / "headline.svg", title, drawn)
-        except ImportError:
-            say("no picture: matplotlib is not installed")
-    page(
-        options.page,
-        title=title,
-        command=options.command,
-        notes=["Latency counts from when a publish was due; CPU is user and system time."],
-        warnings=told,
-        tables=made,
-        pictures=pictures,
+    told = warnings(found)
+    names = (
+        "seconds", "durable", "connected", "mean_ms", "p99_ms", "subscriber_mean_ms",
+        "subscriber_p99_ms",
+    )  # fmt: skip
+    samples = [
+        {name: getattr(one, name) for name in names}
+        for step in observed.steps
+        for one in step.samples
+    ]
+    leave(
+        options,
+        Results(
+            name="headline",
+            title=f"{observed.plan.connections:,} connections, the whole system on one machine",
+            caption="Rate, latency and CPU over time",
+            note="Latency counts from when a publish was due; CPU is user and system time.",
+            warnings=told,
+            tables=tables(found),
+            panels=panels(observed),
+            document={
+                "machine": machine(),
+                "plan": asdict(observed.plan),
+                "warnings": told,
+                **found,
+                "samples": samples,
+            },
+        ),
     )
-    written(options.page)
-    if options.docs:
-        parts = [f"```sh\n{options.command}\n```", *told]
-        parts += [f"### {table.title}\n\n{table.markdown()}" for table in made]
-        if drawn:
-            parts.append("![Rate, latency and CPU over time](headline.svg)")
-        into_document(REPOSITORY / "docs" / "scale.md", "headline", "\n\n".join(parts))

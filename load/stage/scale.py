@@ -15,11 +15,9 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backing import BackingError
-from bench.services import REPOSITORY
 from load.backoff import BACKOFFS
 from load.errors import LoadError
 from load.stage import scale_report
@@ -27,6 +25,7 @@ from load.stage.accounting import Reading, machine_use, process_use, reading
 from load.stage.console import command_line, interruptible, say
 from load.stage.drivers import Drivers, Ears, Merged
 from load.stage.plan import DoesNotFit, Plan, fitting, plan
+from load.stage.results import add_options
 from load.stage.site import Site, lift_descriptors
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Observed", "Sample", "main", "run"]
 
-_OUT = REPOSITORY / "out"
 _AIM = 50_000
 _SAMPLE_SECONDS = 0.5
 _READINGS_EVERY = 6
@@ -162,10 +160,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--backoff", choices=sorted(BACKOFFS), default="full-jitter",
         help="a device's wait before it connects again (default: %(default)s)")  # fmt: skip
     add("--quick", action="store_true", help="short phases: to see that it works")
-    add("--json", type=Path, default=_OUT / "scale.json", help="result (default: %(default)s)")
-    add("--plot", type=Path, default=_OUT / "scale.png", help="picture (default: %(default)s)")
-    add("--page", type=Path, default=_OUT / "scale.html", help="page (default: %(default)s)")
-    add("--docs", action="store_true", help="put tables and picture into docs/scale.md, too")
+    add_options(parser, "scale")
     options = parser.parse_args(arguments)
     if options.connections < 0 or min(options.connect_rate, options.storm_connect_rate) <= 0:
         parser.error("--connections and the rates of connects must be above 0")

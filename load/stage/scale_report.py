@@ -8,7 +8,6 @@ processors were all busy, or whose drivers were late, says so beside its figures
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import asdict
@@ -16,11 +15,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from bench.report import machine
-from bench.services import REPOSITORY
-from load.stage.console import say, tell, written
-from load.stage.paper import Line, Panel, Table, draw, into_document, number, page
+from load.stage.paper import Line, Panel, Table, number
 from load.stage.plan import PORTS_OF_AN_ADDRESS
 from load.stage.recovery import SHARES, Recovery, recovery_of
+from load.stage.results import Results, leave
 
 if TYPE_CHECKING:
     import argparse
@@ -449,49 +447,25 @@ def _memory_panel(observed: Observed, empty: Reading, marks: Sequence[tuple[floa
 def write(options: argparse.Namespace, observed: Observed) -> None:
     """Print the tables, and write JSON, picture and page."""
     found = figures(observed)
-    made, told = tables(found), warnings(found)
-    text = "\n\n".join([*told, *(f"{table.title}\n\n{table.markdown()}" for table in made)])
-    tell(f"\n{text}\n")
-    document = {
-        "command": options.command,
-        "options": observed.options,
-        "machine": {**machine(), "descriptors": observed.plan.descriptors},
-        "plan": asdict(observed.plan),
-        "warnings": told,
-        **found,
-        "samples": [asdict(one) for one in observed.samples],
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(document, indent=1) + "\n")
-    written(options.json)
-    drawn = panels(observed, found)
-    title = f"{observed.plan.connections:,} WebSocket connections on one machine"
-    pictures = []
-    if drawn:
-        try:
-            draw(options.plot, title, drawn)
-            pictures.append(options.plot)
-            written(options.plot)
-            if options.docs:
-                draw(REPOSITORY / "docs" / "scale.svg", title, drawn)
-        except ImportError:
-            say("no picture: matplotlib is not installed")
-    notes = [
-        "Memory is PSS, and what was added since nobody was connected; CPU is user and system.",
-    ]
-    page(
-        options.page,
-        title=title,
-        command=options.command,
-        notes=notes,
-        warnings=told,
-        tables=made,
-        pictures=pictures,
+    told = warnings(found)
+    leave(
+        options,
+        Results(
+            name="scale",
+            title=f"{observed.plan.connections:,} WebSocket connections on one machine",
+            caption="Connections, CPU and memory over time",
+            note="Memory is PSS, and what was added since nobody was connected; "
+            "CPU is user and system.",
+            warnings=told,
+            tables=tables(found),
+            panels=panels(observed, found),
+            document={
+                "options": observed.options,
+                "machine": {**machine(), "descriptors": observed.plan.descriptors},
+                "plan": asdict(observed.plan),
+                "warnings": told,
+                **found,
+                "samples": [asdict(one) for one in observed.samples],
+            },
+        ),
     )
-    written(options.page)
-    if options.docs:
-        parts = [f"```sh\n{options.command}\n```", *told]
-        parts += [f"### {table.title}\n\n{table.markdown()}" for table in made]
-        if drawn:
-            parts.append("![Connections, CPU and memory over time](scale.svg)")
-        into_document(REPOSITORY / "docs" / "scale.md", "scale", "\n\n".join(parts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from random import Random
 
 import pytest
@@ -122,7 +123,23 @@ def test_a_new_limit_keeps_the_decay_that_there_was() -> None:
     assert rate.per_second == pytest.approx(1000 * decayed)
 
 
-@pytest.mark.parametrize("figures", [{"most_per_second": 0}, {"most_per_second": 5, "decay": 0}])
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {"most_per_second": 0},
+        {"most_per_second": 5, "decay": 0},
+        {"most_per_second": math.inf},
+        {"most_per_second": math.nan},
+    ],
+)
 def test_figures_that_make_no_sense_are_refused(figures: dict[str, float]) -> None:
     with pytest.raises(BadOption, match="above 0"):
         ConnectRate(**figures)
+
+
+@pytest.mark.parametrize("rate", [0, -1, math.inf, math.nan])
+def test_a_limit_that_makes_no_sense_is_refused(rate: float) -> None:
+    kept = ConnectRate(400)
+    with pytest.raises(BadOption, match="above 0"):
+        kept.limit(rate)
+    assert kept.per_second == 400

@@ -11,8 +11,9 @@ import pytest
 
 from load.check import compare
 from load.command import main
-from load.journal import read
+from load.journal import Journal, read
 from load.observer import Observer
+from load.replay import line
 from tests.load.rig import options_for, run, until
 from tests.service import ServiceProcess, variables
 
@@ -78,6 +79,33 @@ async def test_what_is_not_in_cassandra_is_named_by_device_and_sequence(
     assert f"{both:,} acknowledged publishes of 16 devices: 2 missing, 0 rows wrong" in told
     assert f"  {unique}-3: 2\n" in told
     assert orjson.loads(to_file.read_bytes())["missing_updates"] == 2
+
+
+def test_what_a_recording_has_beside_documents_is_not_looked_for(tmp_path: Path) -> None:
+    recording, journal = tmp_path / "recording", tmp_path / "journal"
+    payloads = [b'{"state":[1]}', b'{"state":null}', b"noise", b'{"state":{"reported":{"a":1}}}']
+    recording.write_bytes(b"".join(line(0, "t", payload) for payload in payloads))
+    options = options_for("x", "mqtt://there", shape="plateau:1", replay=recording, journal=journal)
+    with Journal(options) as written:
+        for sequence in range(4):
+            written.acknowledged(0, sequence, 10**15 + sequence)
+
+    class Empty:
+        """A Cassandra without a row."""
+
+        def prepare(self, statement: str) -> str:
+            return statement
+
+    with pytest.MonkeyPatch.context() as patch:
+        asked: list[str] = []
+        patch.setattr(
+            "scripts.lib.readback.execute_concurrent_with_args",
+            lambda _, __, names, **___: [asked.append(*one) or (True, []) for one in names],
+        )
+        verdict = compare(Empty(), [journal])
+    assert asked == ["x-0"]
+    assert verdict.acknowledged == 4
+    assert verdict.missing == {"x-0": [3]}
 
 
 def _lose(session: Any, device: str, path: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 
 import backing
+from load.arguments import password_of
 from load.command import main
 from load.replay import Replay
 
@@ -172,6 +174,10 @@ def test_strict_fails_when_the_rig_is_the_bottleneck(
         (["lean", "mqtt://there", "--families=toaster"], "family 'toaster'"),
         (["lean", "mqtt://there", "--as-recorded"], "--as-recorded needs --replay"),
         (["lean", "mqtt://there", "--connect-rate=0"], "--connect-rate 0: above 0"),
+        (["lean", "mqtt://there", "--connect-rate=inf"], "--connect-rate inf: above 0"),
+        (["lean", "mqtt://there", "--connections=-1"], "--connections, --publish-rate: 0 or more"),
+        (["lean", "mqtt://there", "--publish-rate=nan"], "--connections, --publish-rate: 0 or"),
+        (["lean", "mqtts://there", "--tls-ca=/absent"], "--tls-ca /absent"),
         (["lean", "mqtt://there", "--password-file=/absent"], "--password-file /absent"),
         (["lean", "mqtt://there", "--journal=/absent/x"], "--journal /absent/x"),
         (["check", "/absent"], "/absent is no journal"),
@@ -187,6 +193,31 @@ def test_what_makes_no_sense_is_told_in_a_line(
     assert complaint in err
     assert err.count("\n") == 1
     assert out == ""
+
+
+def test_a_port_that_is_taken_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert main(["observe", "127.0.0.1:1", f"--port={port}"]) == 2
+    assert f"--port {port}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_a_report_that_cannot_be_written_is_told_all_the_same(
+    mosquitto: backing.Mosquitto, unique: str, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    arguments = ["lean", mosquitto.url, "--seconds=0.5", "--connections=2", "--progress=none"]
+    assert main([*arguments, *names(unique), f"{option}=/absent/report"]) == 2
+    out, err = capsys.readouterr()
+    assert f"{option} /absent/report: " in err
+    assert "PUBACK p50/p99" in out
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\nnot this\n"])
+def test_a_password_is_the_first_line_however_it_ends(tmp_path: Path, end: bytes) -> None:
+    file = tmp_path / "password"
+    file.write_bytes(b"secret" + end)
+    assert password_of(file) == b"secret"
 
 
 @pytest.mark.parametrize("command", ["lean", "observe", "check", "record"])

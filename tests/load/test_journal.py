@@ -57,7 +57,9 @@ def test_a_record_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
     assert [one.sequence for one in read(path)[1]] == [2]
 
 
-@pytest.mark.parametrize("content", [b"", b"{}\n", b"no json\n", b'{"form": 1, "families": []}\n'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}\n", b"no json\n", b"5\n", b'{"form": 1, "families": []}\n']
+)
 def test_another_file_is_no_journal(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "other"
     path.write_bytes(content)
@@ -68,7 +70,7 @@ def test_another_file_is_no_journal(tmp_path: Path, content: bytes) -> None:
 def test_a_journal_of_another_form_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     Journal(options(path)).close()
-    path.write_bytes(path.read_bytes().replace(b'"form":1', b'"form":2'))
+    path.write_bytes(path.read_bytes().replace(b'"form":1', b'"form":2,"other":true'))
     with pytest.raises(BadOption, match="form 2; this release reads form 1"):
         read(path)
 

@@ -7,7 +7,7 @@ import dataclasses
 import re
 import socket
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
@@ -18,6 +18,7 @@ from load.device import Device
 from load.endpoints import Endpoint
 from load.errors import BadOption
 from load.journal import read
+from load.lean import Lean
 from load.replay import line
 from load.websocket import WebSocketClient
 from tests.certificates import LOCAL, Authority
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from load.lean import Lean
-    from load.report import Phase, Report
+    from load.report import Phase, Progress, Report
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -382,6 +382,48 @@ async def test_a_run_can_be_steered(mosquitto: backing.Mosquitto, unique: str) -
     assert phase(report, "loud").acknowledged > 0
     assert phase(report, "shrunk").connected == 2
     assert report.missing == 0
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"connections": -5},
+        {"publish_rate": -1.0},
+        {"publish_rate": float("nan")},
+        {"publish_rate": float("inf")},
+        {"connect_rate": float("nan")},
+    ],
+)
+async def test_what_no_run_can_hold_is_refused_and_the_run_goes_on(
+    mosquitto: backing.Mosquitto, unique: str, wanted: dict[str, Any]
+) -> None:
+    options = options_for(unique, mosquitto.url, shape="ramp:0.2:3,plateau:60:50", watch=0)
+
+    async def beside(lean: Lean) -> None:
+        await until("it publishes", lambda: lean.progress().acknowledged > 5)
+        with pytest.raises(BadOption):
+            lean.steer(**wanted)
+        before = lean.progress().acknowledged
+        await until("it goes on", lambda: lean.progress().acknowledged > before + 10)
+        lean.stop()
+
+    report = await run(options, beside)
+    assert report.missing == 0
+
+
+async def test_a_run_that_cannot_go_on_ends_with_what_was_in_the_way(
+    mosquitto: backing.Mosquitto, unique: str
+) -> None:
+    told: list[int] = []
+
+    def nobody_reads(now: Progress) -> None:
+        told.append(now.connected)
+        raise BrokenPipeError("nobody reads")
+
+    options = options_for(unique, mosquitto.url, shape="ramp:0.2:3,plateau:600", watch=0)
+    with pytest.raises(BrokenPipeError, match="nobody reads"):
+        await asyncio.wait_for(Lean(options, nobody_reads).run(), 30)
+    assert len(told) == 1
 
 
 def test_more_connections_than_descriptors_are_refused(

@@ -71,7 +71,7 @@ def test_parts_hold_every_connection_of_a_plateau() -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "ramp:10", "ramp:x:5", "flood:1:2", "storm:5:2", "plateau:0", "drain:5:6", "ramp:-1:5",
-     "plateau:1:2:3", "ramp:10:-5"],
+     "plateau:1:2:3", "ramp:10:-5", "ramp:10:inf", "ramp:nan:5", "plateau:5:-1", "plateau:5:nan"],
 )  # fmt: skip
 def test_a_shape_that_is_not_understood_is_refused_with_its_stage(text: str) -> None:
     with pytest.raises(BadOption, match=f"stage '{text}' of the shape"):

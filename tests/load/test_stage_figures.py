@@ -312,6 +312,13 @@ def test_a_rate_that_was_not_carried_is_called_so() -> None:
     assert warning.startswith("NOT CARRIED: 1,000/s were offered, 800/s became durable")
 
 
+def test_what_the_service_got_twice_is_told() -> None:
+    observed = _headline(10_000)
+    observed.reconnects, observed.again = 2, 3_000
+    (warning,) = headline_report.warnings(headline_report.figures(observed))
+    assert warning.startswith("The service lost its connection 2 times, got 3,000 updates again")
+
+
 def test_a_rig_that_was_late_is_named_as_the_limit() -> None:
     found = headline_report.figures(_headline(10_000, late_p99_ms=80.0))
     assert found["steps"][0]["bottleneck"] == ["the load generator was 80 ms late (p99)"]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
-from bench.services import PROGRAMS, REPOSITORY
 from load.stage import headline, headline_report
 from load.stage.plan import plan
 from load.stage.site import lift_descriptors
+from tests.load import loadgen
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,17 +21,9 @@ SECONDS = 5
 
 
 @pytest.fixture(scope="module", autouse=True)
-def loadgen() -> None:
-    """The load generator, built unless it is there."""
-    program = PROGRAMS / "loadgen"
-    if program.exists():
-        return
-    go = shutil.which("go", path="/usr/local/go/bin:/usr/bin:/usr/local/bin")
-    if go is None:
-        pytest.skip("the load generator is not built, and there is no Go: scripts/headline --help")
-    program.parent.mkdir(parents=True, exist_ok=True)
-    source = REPOSITORY / "bench" / "loadgen"
-    subprocess.run([go, "-C", source, "build", "-o", program, "."], check=True, timeout=300)
+def built() -> None:
+    """The load generator is there."""
+    loadgen.build()
 
 
 def test_everything_that_was_published_is_durable_and_read_back(tmp_path: Path) -> None:
