@@ -8,6 +8,7 @@ other, in the order of the file; one project of its own name, on free ports of t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -19,15 +20,14 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import docker
 import pytest
 
 from backing import free_port
-from tests.containers.updates import QUERY, Publisher, rows, wait_for
+from tests.containers.updates import QUERY, Publisher, locust, rows, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import docker
 
     from tests.containers.conftest import Built
 
@@ -36,9 +36,11 @@ pytestmark = [pytest.mark.containers, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 MOSQUITTO = ("docker-compose.yml", "deploy/compose/mosquitto.yml")
 VARIANTS = {"vernemq": ("docker-compose.yml",), "mosquitto": MOSQUITTO}
-PORTS = ("MQTT_PORT", "WEBSOCKET_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")
+PORTS = ("MQTT_PORT", "WEBSOCKET_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT", "LOAD_PORT")
 WITHOUT_GRAFANA = "services: {grafana: {profiles: [grafana]}}\n"
 UP_SECONDS = 400
+WORKERS = 2
+"""Of the load rig, as docker-compose.yml has it."""
 
 
 class Compose:
@@ -158,7 +160,14 @@ class Stack:
 
     def get(self, device: str) -> dict[str, Any] | None:
         """What `shadowsvc get` prints in a listener's container; None if there is no such."""
-        done = self.compose.attempt("exec", "-T", "shadowsvc", "shadowsvc", "get", device, "--json")
+        command = ("exec", "-T", "shadowsvc", "shadowsvc", "get", device, "--json")
+        try:
+            done = self.compose.attempt(*command, limit_seconds=40)
+        except subprocess.TimeoutExpired as error:
+            running = self.compose("top", "shadowsvc")
+            if error.stdout and "shadowsvc get" in running:
+                pytest.fail(f"`get` printed, and did not end: {running}")
+            raise AssertionError(f"not ended by the engine: {error}") from error  # ask again
         if done.returncode == 1:
             assert "nothing is known" in done.stderr, done.stderr
             return None
@@ -184,8 +193,13 @@ class Stack:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/{path}", timeout=10) as page:
             return json.load(page)["data"]
 
+    def locust(self, path: str, **fields: str) -> Any:
+        """What the page of the load rig answers."""
+        return locust(self.compose.ports["LOAD_PORT"], path, **fields)
+
     def down(self) -> None:
-        arguments = ("--profile", "devices", "down", "--volumes", "--timeout", "40")
+        profiles = ("--profile", "devices", "--profile", "load")
+        arguments = (*profiles, "down", "--volumes", "--timeout", "40")
         self.compose(*arguments, limit_seconds=180)
 
 
@@ -200,7 +214,8 @@ def stack(
     override = tmp_path_factory.mktemp("compose") / "without-grafana.yml"
     override.write_text(WITHOUT_GRAFANA)
     project = f"shadowsvc-test-{uuid.uuid4().hex[:8]}"
-    compose = Compose(*MOSQUITTO, override, project=project, SHADOWSVC_IMAGE=built.name)
+    images = {"SHADOWSVC_IMAGE": built.name, "LOAD_IMAGE": f"{project}-load:test"}
+    compose = Compose(*MOSQUITTO, override, project=project, **images)
     made = Stack(compose, engine)
     try:
         up = compose.attempt("up", "--detach", "--wait", limit_seconds=UP_SECONDS)
@@ -210,6 +225,8 @@ def stack(
         yield made
     finally:
         made.down()
+        with contextlib.suppress(docker.errors.APIError):  # its layers are the next build's cache
+            engine.images.remove(images["LOAD_IMAGE"], noprune=True)
 
 
 def test_it_comes_up_in_order_and_healthy(stack: Stack) -> None:
@@ -307,6 +324,39 @@ def test_the_profile_devices_publishes(stack: Stack) -> None:
     (devices,) = stack.containers("devices")
     assert devices.status == "running"
     assert devices.attrs["RestartCount"] == 0
+
+
+def test_the_profile_load_has_devices_by_way_of_its_page(stack: Stack) -> None:
+    profile = ("--profile", "load")
+    stack.compose(*profile, "build", "load", limit_seconds=400)
+    arguments = ("up", "--detach", "--no-recreate", "--wait", "load", "load-worker")
+    stack.compose(*profile, *arguments, limit_seconds=120)
+
+    def workers_have_come() -> bool:
+        return len(stack.locust("stats/requests")["workers"]) == WORKERS
+
+    wait_for(workers_have_come, "the master answers, and has its workers", 90)
+    form = {
+        "user_count": "20",
+        "spawn_rate": "10",
+        "host": "ws://haproxy:8000/mqtt",
+        "interval": "1",
+    }
+    assert stack.locust("swarm", **form)["success"] is True
+
+    def updates_are_answered() -> bool:
+        found = stack.locust("stats/requests")
+        assert found["errors"] == []
+        counted = {one["name"]: one["num_requests"] for one in found["stats"]}
+        return counted.get("connect") == 20 and counted.get("publish to PUBACK", 0) > 100
+
+    wait_for(updates_are_answered, "devices of the rig publish", 90)
+    wait_for(lambda: stack.get("load-0000000") is not None, "one of them has a shadow", 60)
+    stack.locust("stop", now="yes")
+    stack.compose(*profile, "stop", "load", "load-worker", limit_seconds=120)
+    for container in (*stack.containers("load"), *stack.containers("load-worker")):
+        container.reload()
+        assert container.attrs["State"]["ExitCode"] == 0, container.logs().decode()[-2000:]
 
 
 def test_the_listeners_drain_when_they_are_stopped(stack: Stack) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import signal
+import tomllib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,12 +23,12 @@ from tests.containers.updates import QUERY, Publisher, rows, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.containers.conftest import Built
 
 pytestmark = [pytest.mark.containers, pytest.mark.timeout(600)]
 
+ROOT = Path(__file__).parents[2]
 USER = "10001:10001"
 MIB = 1024**2
 MAX_OWN_BYTES = 110 * MIB
@@ -114,6 +116,19 @@ print(json.dumps({
 """
     found = python(built.name, program, user="0:0")
     assert found == {"tools": [], "caches": [], "pip": [], "hatchling": False}
+
+
+def test_the_rooms_that_are_to_be_compiled_are(built: Built) -> None:
+    hooks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    included = hooks["targets"]["wheel"]["hooks"]["mypyc"]["include"]
+    rooms = [path.removeprefix("src/").removesuffix(".py").replace("/", ".") for path in included]
+    program = f"""
+import importlib, json
+print(json.dumps([importlib.import_module(room).__file__ for room in {rooms}]))
+"""
+    found = python(built.name, program)
+    assert len(found) == len(rooms) > 5
+    assert [path for path in found if not path.endswith(".so")] == []
 
 
 def test_every_module_is_byte_compiled_and_its_source_is_not_looked_at(built: Built) -> None:
@@ -279,9 +294,15 @@ def surroundings(built: Built) -> Iterator[Surroundings]:
     with Network() as network:
         made = Surroundings(built.name, network)
         with made.broker, made.cassandra:
-            with made.service("migrate") as migration:
-                wrapped = migration.get_wrapped_container()
-                assert wrapped.wait(timeout=120)["StatusCode"] == 0, wrapped.logs().decode()
+
+            def migrated() -> bool:
+                with made.service("migrate") as migration:
+                    wrapped = migration.get_wrapped_container()
+                    assert wrapped.wait(timeout=120)["StatusCode"] == 0, wrapped.logs().decode()
+                return True
+
+            # Again, as a Job would: Cassandra may say that it is up before it answers.
+            wait_for(migrated, "the schema is there", 120)
             yield made
 
 

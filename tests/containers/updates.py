@@ -1,8 +1,9 @@
 """Publishing updates to a broker in a container, and reading back what became of them.
 
-Lives here: an independent client (aiomqtt), and rows as Cassandra's own `cqlsh` shows them. Rules:
-every publish is acknowledged by the broker before it counts; every wait has a limit. Must not come
-in: anything of the service, and how containers are started.
+Lives here: an independent client (aiomqtt), the page of the load rig as a client of it, and rows as
+Cassandra's own `cqlsh` shows them. Rules: every publish is acknowledged by the broker before it
+counts; every wait has a limit. Must not come in: anything of the service, and how containers are
+started.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import asyncio
 import contextlib
 import json
 import time
+import urllib.parse
+import urllib.request
 from typing import TYPE_CHECKING, Any
 
 import aiomqtt
@@ -18,7 +21,7 @@ import aiomqtt
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
 
-__all__ = ["Publisher", "rows", "wait_for"]
+__all__ = ["Publisher", "locust", "rows", "wait_for"]
 
 QUERY = "SELECT JSON device, path, value FROM shadowsvc.shadow"
 _POLL_SECONDS = 0.25
@@ -108,6 +111,20 @@ def rows(output: str) -> dict[str, int]:
             if row["path"] == "/value":
                 found[row["device"]] = json.loads(row["value"])
     return found
+
+
+def locust(port: int, path: str, **fields: str) -> Any:
+    """Return what the load rig's page answers, to a form if there are fields.
+
+    Raises:
+        AssertionError: it does not answer, yet.
+    """
+    data = urllib.parse.urlencode(fields).encode() if fields else None
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", data, timeout=20) as page:
+            return json.load(page)
+    except OSError as error:
+        raise AssertionError(error) from error
 
 
 def wait_for(condition: Callable[[], object], what: str, limit_seconds: float = 60) -> None:

@@ -1,12 +1,13 @@
 """The overlay `dev` in a cluster that runs pods: bringing it up, looking at it, taking it down.
 
 Lives here: what a test changes of the overlay, its rollout by the commands of deploy/k8s/README.md,
-devices with logins, pods, their logs and figures. Rules:
+devices with logins, pods, their logs and figures, the load rig beside it. Rules:
 
 - The cluster is one of the tests' own. A namespace of ours that is there already is never touched:
   whoever has it would lose it at the end.
-- The images are in the cluster, or it can pull them: `shadowsvc` under the version that the
-  manifests name. Grafana is not started, so that machines without its image serve as well.
+- The images are in the cluster, or it can pull them: `shadowsvc` and `shadowsvc-load` under the
+  version that the manifests name. Grafana is not started, so that machines without its image serve
+  as well.
 - Every wait has a limit, and a rollout that fails shows what the pods say.
 
 Must not come in: what is published, and what has to come of it (`tests.oracle`).
@@ -45,6 +46,7 @@ NAMESPACE = "shadowsvc"
 LISTENER = "app.kubernetes.io/name=shadowsvc"
 BROKER = "app.kubernetes.io/component=broker"
 INGRESS = "app.kubernetes.io/name=haproxy"
+_LOAD = "shadowsvc-load"
 _ROLLOUT_SECONDS = 300
 _DELETE_SECONDS = 180
 _NAMES = tuple(each["metadata"]["name"] for each in overlay("dev").of("Namespace"))
@@ -78,7 +80,8 @@ class System:
 
     def __enter__(self) -> Self:
         """Apply it and wait until all of it is rolled out."""
-        found = kubectl("get", "namespaces", "--ignore-not-found", "-o", "name", *_NAMES)
+        names = (*_NAMES, _LOAD)
+        found = kubectl("get", "namespaces", "--ignore-not-found", "-o", "name", *names)
         if found:
             pytest.fail(f"{found.split()} are in this cluster: these tests need one without")
         try:
@@ -156,6 +159,7 @@ class System:
             (NAMESPACE, "app.kubernetes.io/component=migration"),
             (NAMESPACE, BROKER),
             (f"{NAMESPACE}-ingress", INGRESS),
+            (_LOAD, "app.kubernetes.io/component=load"),
         ):
             said.append(attempt("-n", namespace, *log, "-l", label).stdout[-4000:])
         events = attempt("get", "events", "-A", "--sort-by=.lastTimestamp").stdout
@@ -195,16 +199,22 @@ class System:
     @contextlib.contextmanager
     def database(self) -> Iterator[GivenCassandra]:
         """Cassandra, by way of the Kubernetes API."""
+        with self.forward(NAMESPACE, "pod/cassandra-0", 9042) as port:
+            yield GivenCassandra(f"127.0.0.1:{port}")
+
+    @contextlib.contextmanager
+    def forward(self, namespace: str, target: str, target_port: int) -> Iterator[int]:
+        """Yield a port of the loopback that leads to one of a pod or a Service."""
         port = free_port()
         program = shutil.which("kubectl")
         assert program is not None
-        arguments = ["-n", NAMESPACE, "port-forward", "pod/cassandra-0", f"{port}:9042"]
+        arguments = ["-n", namespace, "port-forward", target, f"{port}:{target_port}"]
         log = self._folder / f"port-forward-{port}.log"
         process = ServerProcess("port-forward", [program, *arguments], log_path=log)
         process.start()
         try:
             process.wait_ready(lambda: accepts("127.0.0.1", port), 20)
-            yield GivenCassandra(f"127.0.0.1:{port}")
+            yield port
         finally:
             process.stop(5)
 
@@ -265,6 +275,48 @@ class System:
                 )
             )
         return file
+
+    # ---------------------------------------------------------------- load rig
+
+    @contextlib.contextmanager
+    def load_rig(self, folder: Path, devices: Sequence[str]) -> Iterator[int]:
+        """Run the component `load` with one worker; yields a port that leads to its page."""
+        relative = os.path.relpath(K8S, folder)
+        settings = {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {"name": "load", "namespace": _LOAD},
+            "data": {
+                "LOAD_USERNAME": "{client_id}",
+                "LOAD_PASSWORDS": "/etc/load/devices/devices",
+            },
+        }
+        (folder / "devices").write_text("".join(f"{n}:{self._passwords[n]}\n" for n in devices))
+        (folder / "kustomization.yaml").write_text(
+            yaml.safe_dump(
+                {
+                    "apiVersion": "kustomize.config.k8s.io/v1beta1",
+                    "kind": "Kustomization",
+                    "components": [f"{relative}/components/load"],
+                    "patches": [{"patch": yaml.safe_dump(settings)}],
+                    "replicas": [{"name": "load-worker", "count": 1}],
+                }
+            )
+        )
+        try:
+            kubectl("apply", "-f", str(K8S / "components" / "load" / "namespace.yaml"))
+            secret = ("secret", "generic", "load-devices", f"--from-file={folder}/devices")
+            kubectl("-n", _LOAD, "create", *secret)
+            kubectl("apply", "--server-side", "-k", str(folder), limit_seconds=120)
+            for name in ("load", "load-worker"):
+                metadata = {"name": name, "namespace": _LOAD}
+                self.wait_rolled_out({"kind": "Deployment", "metadata": metadata})
+            with self.forward(_LOAD, "service/load", 8089) as port:
+                yield port
+        finally:
+            limit = f"--timeout={_DELETE_SECONDS}s"
+            names = ("delete", "namespace", "--ignore-not-found", limit, _LOAD)
+            kubectl(*names, limit_seconds=_DELETE_SECONDS + 20)
 
     # ---------------------------------------------------------------- Prometheus
 

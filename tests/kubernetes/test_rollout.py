@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.containers.updates import Publisher, wait_for
+from tests.containers.updates import Publisher, locust, wait_for
 from tests.kubernetes.kubectl import kubectl, require_api
 from tests.kubernetes.system import BROKER, NAMESPACE, System
 from tests.oracle import Load, Oracle
@@ -33,6 +33,8 @@ DEPLOYMENT = {"kind": "Deployment", "metadata": {"name": "shadowsvc", "namespace
 PUBLISHERS = 8
 LOADS = 3
 """Tests that publish by `under_load`."""
+LOAD_DEVICES = [f"load-{number:07d}" for number in range(5)]
+"""As the load rig calls its first ones."""
 SETTLE_SECONDS = 180
 """For what waits in the session of a slot that nobody has, until it is adopted."""
 
@@ -48,7 +50,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
         pytest.skip(reason)
     # `Load` numbers its devices: each has a login of its own, so each publisher has one device.
     devices = [f"lamp-{number}-0" for number in range(LOADS * PUBLISHERS + 3)]
-    with System(tmp_path_factory.mktemp("dev"), devices) as made:
+    with System(tmp_path_factory.mktemp("dev"), [*devices, *LOAD_DEVICES]) as made:
         yield made
 
 
@@ -140,6 +142,32 @@ def test_prometheus_scrapes_listeners_and_ingress_and_has_the_rules(system: Syst
     assert len(groups) > 3
     broken = [rule for group in groups for rule in group["rules"] if rule["health"] == "err"]
     assert not broken
+
+
+def test_the_pods_of_the_load_rig_publish_with_logins_of_their_own(
+    system: System, tmp_path: Path
+) -> None:
+    with system.load_rig(tmp_path, LOAD_DEVICES) as port:
+        count = str(len(LOAD_DEVICES))
+        where = {"host": f"ws://{system.host}:80/mqtt", "interval": "1"}
+
+        def workers() -> bool:
+            return len(locust(port, "stats/requests")["workers"]) == 1
+
+        wait_for(workers, "the worker has found its master", 60)
+        started = locust(port, "swarm", user_count=count, spawn_rate=count, **where)
+        assert started["success"] is True
+
+        def updates_are_answered() -> bool:
+            found = locust(port, "stats/requests")
+            assert found["errors"] == []
+            counted = {one["name"]: one["num_requests"] for one in found["stats"]}
+            connected = counted.get("connect") == len(LOAD_DEVICES)
+            return connected and counted.get("publish to PUBACK", 0) > 25
+
+        wait_for(updates_are_answered, "its devices publish", 90)
+    for device in LOAD_DEVICES:
+        wait_for(lambda each=device: system.get(each) is not None, f"{device} has a shadow", 60)
 
 
 def test_a_rolling_update_under_load_loses_nothing(
