@@ -158,7 +158,7 @@ class Mosquitto:
         return self._process.log_path
 
     def start(self, limit_seconds: float = 10.0) -> None:
-        """Write the configuration, start, and wait until it accepts connections.
+        """Write the configuration, start, and wait until it accepts connections on its ports.
 
         Raises:
             BackingError: it runs already or did not come up within `limit_seconds`.
@@ -172,7 +172,7 @@ class Mosquitto:
             raise
 
     def wait_ready(self, limit_seconds: float = 10.0) -> None:
-        """Wait until the port accepts a connection.
+        """Wait until the port accepts a connection, and `websockets_port` if there is one.
 
         Raises:
             BackingError: not within `limit_seconds`, or the process ended.
@@ -246,11 +246,15 @@ class Mosquitto:
         return (status.st_ino, status.st_mtime_ns)
 
     def _accepts(self) -> bool:
+        # The listeners are opened one after another.
+        ports = (self.port, *([] if self.websockets_port is None else [self.websockets_port]))
         try:
-            with socket.create_connection((self.host, self.port), _CONNECT_LIMIT_SECONDS):
-                return True
+            for port in ports:
+                with socket.create_connection((self.host, port), _CONNECT_LIMIT_SECONDS):
+                    pass
         except OSError:
             return False
+        return True
 
     def _write_config(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

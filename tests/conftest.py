@@ -92,12 +92,21 @@ def migrated(cassandra: backing.Database) -> Iterator[str]:
         yield name
 
 
-@pytest.fixture(scope="session")
-def own_cassandra() -> Iterator[backing.Cassandra]:
+@pytest.fixture
+def own_cassandra(own_cassandra_of_the_run: backing.Cassandra) -> backing.Cassandra:
     """A Cassandra that a test may stop, kill and freeze, if it leaves it running.
 
-    It keeps what it confirmed over a kill, and its limits are low enough to meet them.
+    It keeps what it confirmed over a kill, and its limits are low enough to meet them. The failure
+    of one test is not that of the next: where it was left dead, it is started again.
     """
+    if not own_cassandra_of_the_run.running:
+        own_cassandra_of_the_run.start()
+    return own_cassandra_of_the_run
+
+
+@pytest.fixture(scope="session")
+def own_cassandra_of_the_run() -> Iterator[backing.Cassandra]:
+    """What `own_cassandra` gives."""
     settings = {
         "commitlog_sync": "batch",
         "max_mutation_size": "200KiB",
@@ -108,10 +117,10 @@ def own_cassandra() -> Iterator[backing.Cassandra]:
 
 
 @pytest.fixture(scope="session")
-def own_migrated(own_cassandra: backing.Cassandra) -> str:
+def own_migrated(own_cassandra_of_the_run: backing.Cassandra) -> str:
     """A keyspace with the schema in `own_cassandra`."""
     name = "own"
-    make_schema(own_cassandra, name)
+    make_schema(own_cassandra_of_the_run, name)
     return name
 
 

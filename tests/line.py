@@ -1,8 +1,8 @@
 """A pipeline with everything around it but sockets and Cassandra, for tests of one part.
 
-Lives here: `Line`, made by `line`, and how to wait for what it does. Rules: the store is the double
-of `faulty_store`; everything else is the real thing; the accounts are checked at the end. Must not
-come in: what a pipeline promises.
+Lives here: `Line`, made by `line`, and `nothing_lost`, which tests of other parts use as well.
+Rules: the store is the double of `faulty_store`; everything else is the real thing; the accounts
+are checked at the end. Must not come in: what a pipeline promises.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import struct
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import mqtt5
@@ -23,9 +23,10 @@ from shadowsvc.shadow.document import Decoder, Limits
 from shadowsvc.shadow.topic import TopicParser
 from shadowsvc.store.batch import Batcher
 from tests.faulty_store import FaultyStore
+from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 
 class Line:
@@ -137,10 +138,13 @@ def _stamp(number: int) -> int:
     return (time.time_ns() // 1_000_000_000_000) * 1_000_000_000 + number
 
 
-async def until(condition: Callable[[], object], seconds: float = 5) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - conditions of all kinds
-            await asyncio.sleep(0.001)
+@contextmanager
+def nothing_lost() -> Iterator[None]:
+    """Fail at the end when something has reached the loop's handler of last resort."""
+    lost: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context))
+    yield
+    assert lost == []
 
 
 async def turns(count: int = 30) -> None:
@@ -151,15 +155,13 @@ async def turns(count: int = 30) -> None:
 
 @asynccontextmanager
 async def line(**more: Any) -> AsyncIterator[Line]:
-    lost: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context))
-    made = Line(**more)
-    await made.pipeline.begin_connection()
-    made.pipeline.connected(session_present=False)
-    made.pipeline.subscribed_now()
-    try:
-        yield made
-    finally:
-        await made.pipeline.close()
-    made.check_accounts()
-    assert lost == []
+    with nothing_lost():
+        made = Line(**more)
+        await made.pipeline.begin_connection()
+        made.pipeline.connected(session_present=False)
+        made.pipeline.subscribed_now()
+        try:
+            yield made
+        finally:
+            await made.pipeline.close()
+        made.check_accounts()

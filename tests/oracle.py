@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     import backing
 
-__all__ = ["Difference", "Load", "Oracle", "Sent"]
+__all__ = ["Difference", "Load", "Oracle", "Sent", "select_device"]
 
 _CONNECT_SECONDS = 10.0
 _ACK_SECONDS = 30.0
@@ -94,6 +94,8 @@ class Oracle:
 
     make = Sent
     """What a published message is remembered as."""
+    patience_seconds = _ACK_SECONDS
+    """How long a publish waits for room in the window."""
 
     def __init__(
         self, broker: backing.Broker, session: Any, keyspace: str, prefix: str, *, window: int = 500
@@ -225,7 +227,7 @@ class Oracle:
 
     def _room(self) -> None:
         if len(self._pending) >= self._window:
-            self._until(lambda: len(self._pending) < self._window, _ACK_SECONDS)
+            self._until(lambda: len(self._pending) < self._window, self.patience_seconds)
 
     def _until(self, condition: Callable[[], bool], limit_seconds: float) -> None:
         deadline = time.monotonic() + limit_seconds
@@ -292,16 +294,21 @@ class Oracle:
         )
 
     def _rows(self, devices: list[str]) -> Iterator[list[Any]]:
-        select = self.session.prepare(
-            "SELECT shadow, section, path, value, WRITETIME(value) AS time_us, "  # noqa: S608
-            "toUnixTimestamp(updated_at) AS heard_ms, WRITETIME(updated_at) AS heard_us "
-            f"FROM {self._keyspace}.shadow WHERE device = ?"
-        )
+        select = self.session.prepare(select_device(self._keyspace))
         results = execute_concurrent_with_args(
             self.session, select, [(device,) for device in devices], concurrency=32
         )
         for _, rows in results:
             yield list(rows)
+
+
+def select_device(keyspace: str) -> str:
+    """Return the statement that reads a device as `_compare` needs it."""
+    return (
+        "SELECT shadow, section, path, value, WRITETIME(value) AS time_us, "  # noqa: S608
+        "toUnixTimestamp(updated_at) AS heard_ms, WRITETIME(updated_at) AS heard_us "
+        f"FROM {keyspace}.shadow WHERE device = ?"
+    )
 
 
 def _compare(device: str, messages: list[Sent], rows: list[Any]) -> Iterator[Difference]:

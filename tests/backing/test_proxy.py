@@ -2,12 +2,13 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 
 import pytest
 
 from backing import Direction, FaultProxy
+from tests.waiting import until
 
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 PAYLOAD = bytes(range(256)) * 40
@@ -72,12 +73,6 @@ class Followed:
 async def echoed(stream: Stream, data: bytes) -> bytes:
     stream[1].write(data)
     return await asyncio.wait_for(stream[0].readexactly(len(data)), 10)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - several conditions, none an event
-            await asyncio.sleep(0.01)
 
 
 async def silent(read: Awaitable[bytes]) -> bool:

@@ -12,18 +12,19 @@ import uuid
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from cassandra import ConsistencyLevel, OperationTimedOut, ReadTimeout, Unavailable
 from cassandra.cluster import EXEC_PROFILE_DEFAULT
 
 from backing import CassandraCluster, connect
-from shadowsvc.config import Settings
-from shadowsvc.store.migrate import migrate
+from tests.keyspaces import make_schema
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    import backing
 
 HERE = Path(__file__).parent
 _UP_SECONDS = 180.0
@@ -100,19 +101,8 @@ def make_keyspace(cluster: CassandraCluster) -> Callable[[int], str]:
 
     def make(replicas: int) -> str:
         name = f"c{uuid.uuid4().hex[:12]}"
-        settings = Settings.model_validate(
-            {
-                "cassandra": {
-                    "contact_points": cluster.contact_points,
-                    "port": cluster.port,
-                    "local_dc": cluster.dc,
-                    "keyspace": name,
-                    "replication": str(replicas),
-                    "request_timeout_seconds": 30,
-                }
-            }
-        )
-        migrate(settings, lambda _: None)
+        database = cast("backing.Database", cluster)
+        make_schema(database, name, replicas=replicas, request_timeout_seconds=30)
         return name
 
     return make

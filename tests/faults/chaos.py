@@ -162,6 +162,10 @@ def _play(
             pod.service.wait_ready(60)
         except AssertionError as error:
             stage.witness.violations.append(f"{pod.name} does not recover: {error}")
+    assert isinstance(stage.database, backing.Cassandra)
+    if not stage.database.running:
+        why = "\n".join(stage.witness.violations)
+        raise BackingError(f"Cassandra did not come back, nothing can be compared: {why}")
     outcome.verdict = stage.wait_verdict(120)
     happened = sum(outcome.seen[name] for name in ("reconnects", "retries", "repeated"))
     if outcome.faults and not happened:

@@ -8,16 +8,15 @@ how the broker behaves (`tests.memory_broker`).
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from tests.faults.publisher import Message, Publisher
 from tests.memory_broker import MemoryBroker, Server
+from tests.proxied import LoopThread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
 
     from tests.faults.wire import Key
 
@@ -25,7 +24,6 @@ __all__ = ["MemoryPublisher", "MemoryServer"]
 
 Result = TypeVar("Result")
 
-_CALL_SECONDS = 10.0
 _NO_MATCHING_SUBSCRIBERS = 0x10
 
 
@@ -36,8 +34,7 @@ class MemoryServer:
 
     def __init__(self, seed: int = 0) -> None:
         self.server = Server(MemoryBroker(seed))
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="memory broker")
+        self._loop = LoopThread("memory broker")
 
     @property
     def port(self) -> int:
@@ -51,11 +48,7 @@ class MemoryServer:
 
     def do(self, call: Callable[[MemoryBroker], Result]) -> Result:
         """Return what `call` says, made on the broker's loop."""
-
-        async def on_loop() -> Result:
-            return call(self.server.broker)
-
-        return self._wait(on_loop())
+        return self._loop.do(lambda: call(self.server.broker))
 
     def lost(self, before: set[Key]) -> set[Key]:
         """Return which of these the broker has neither in a queue nor in flight nor acked."""
@@ -70,21 +63,16 @@ class MemoryServer:
 
     def __enter__(self) -> Self:
         """Listen."""
-        self._thread.start()
-        self._wait(self.server.start())
+        self._loop.start()
+        self._loop.wait(self.server.start())
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Stop; fail when a client broke the protocol."""
-        self._wait(self.server.stop())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_CALL_SECONDS)
+        self._loop.wait(self.server.stop())
         self._loop.close()
         if self.server.errors and kind is None:
             raise self.server.errors[0]
-
-    def _wait(self, call: Coroutine[Any, Any, Result]) -> Result:
-        return asyncio.run_coroutine_threadsafe(call, self._loop).result(_CALL_SECONDS)
 
 
 class MemoryPublisher(Publisher):
@@ -118,8 +106,9 @@ class MemoryPublisher(Publisher):
             broker.publish(
                 topic, payload, qos=qos, user_properties=list(more.get("properties", ()))
             )
+            # Here: this thread may wake up after a fault that came after the answer.
+            message.answered_at = time.time()
             return broker.unrouted == unrouted
 
         message.code = 0 if self._server.do(publish) else _NO_MATCHING_SUBSCRIBERS
-        message.answered_at = time.time()
         return message

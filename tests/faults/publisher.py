@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.bad_documents import BAD
 from tests.oracle import Oracle, Sent
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from typing import Self
@@ -60,6 +61,7 @@ class Publisher(Oracle):
     """Publishes, and notes when each PUBACK came. One thread at a time."""
 
     make = Message
+    patience_seconds = _PATIENCE_SECONDS
     sent: list[Message]  # type: ignore[assignment]  # made by `make`
 
     def __init__(self, broker: backing.Broker, prefix: str, *, window: int = 500) -> None:
@@ -85,10 +87,11 @@ class Publisher(Oracle):
 
     def wait_gone(self, limit_seconds: float = 10) -> None:
         """Wait until it has seen that its broker is gone: then it has read every PUBACK."""
-        deadline = time.monotonic() + limit_seconds
-        while self._client.is_connected():
-            assert time.monotonic() < deadline, "the publisher does not see its broker go"
-            time.sleep(0.01)
+        wait_until(
+            lambda: not self._client.is_connected(),
+            "the publisher sees its broker go",
+            limit_seconds,
+        )
 
     def wait_answered(self, limit_seconds: float = _PATIENCE_SECONDS) -> None:
         """Wait until every publish has its answer, whatever it says."""
@@ -102,10 +105,6 @@ class Publisher(Oracle):
             if isinstance(message, Message):
                 message.code = code
                 message.answered_at = at
-
-    def _room(self) -> None:
-        if len(self._pending) >= self._window:
-            self._until(lambda: len(self._pending) < self._window, _PATIENCE_SECONDS)
 
     def _on_publish(
         self, _client: object, _userdata: object, mid: int, reason: Any, _properties: object

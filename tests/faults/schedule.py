@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import backing
 from backing import Direction
+from tests.proxied import away
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,14 +63,9 @@ def _heal(proxy: FaultProxy) -> None:
     proxy.reset()  # a silent connection would stay silent
 
 
-def _away(proxy: FaultProxy) -> None:
-    proxy.refuse()
-    proxy.reset()
-
-
 def _ways(place: str) -> Iterator[Fault]:
     yield _way(place, "reset", 3, lambda proxy: proxy.reset())
-    yield _way(place, "away", 2, _away)
+    yield _way(place, "away", 2, away)
     yield _way(place, "half-open", 2, lambda proxy: proxy.half_open())
     yield _way(place, "stands still", 2, lambda proxy: proxy.hold())
     yield _way(place, "to the server stands still", 2, lambda p: p.hold(Direction.TO_SERVER))

@@ -25,9 +25,10 @@ from tests.faults.wire import Wire
 from tests.faults.witness import Witness
 from tests.proxied import Proxied
 from tests.service import ServiceProcess, variables
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from collections.abc import Set as AbstractSet
     from pathlib import Path
     from typing import Self
@@ -244,7 +245,10 @@ class Stage:
         handed_out: set[Key] = set()
         for wire, link in links:
             # What it had sent is on its way still.
-            _until(lambda wire=wire, link=link: wire.counts["ended"] >= link)  # type: ignore[misc]
+            wait_until(
+                lambda wire=wire, link=link: wire.counts["ended"] >= link,  # type: ignore[misc]
+                "its connections have ended",
+            )
             handed_out |= wire.unacked(link)
         for earlier in self.witness.excuses:
             handed_out -= earlier.handed_out
@@ -255,7 +259,7 @@ class Stage:
         assert isinstance(self.broker, MemoryServer)
         link = pod.wire.counts["connections"]
         self.broker.do(lambda broker: broker.forget(pod.name))
-        _until(lambda: pod.wire.counts["ended"] >= link)
+        wait_until(lambda: pod.wire.counts["ended"] >= link, "its connection has ended")
         self._excuse("session forgotten", saved_at=None)
 
     def _excuse(
@@ -362,10 +366,3 @@ def unaccounted(figures: Figures) -> float:
     At rest 0; else those that are durable and wait for their turn to be acknowledged.
     """
     return figures.total("messages_received_total") - sum(map(figures.total, _ENDS))
-
-
-def _until(condition: Callable[[], bool], limit_seconds: float = 10) -> None:
-    deadline = time.monotonic() + limit_seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {limit_seconds:g} s"
-        time.sleep(0.01)

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import random
 import time
-from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
 from backing import Direction
 from tests.faults.stage import KEEP_ALIVE_SECONDS, RECEIVE_MAXIMUM
+from tests.proxied import away
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from backing import FaultProxy, Mosquitto
+    from backing import Mosquitto
     from tests.faults.conftest import MakeStage
     from tests.faults.pod import Pod
     from tests.faults.wire import Key
@@ -27,12 +27,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(180)
 
 DURABLE = "updates_durable_total"
-
-
-def away(proxy: FaultProxy) -> None:
-    """As a server that is down."""
-    proxy.refuse()
-    proxy.reset()
 
 
 def test_nothing_is_lost_where_nothing_fails(make_stage: MakeStage) -> None:
@@ -90,14 +84,10 @@ def one_byte_at_a_time(pod: Pod) -> None:
 def cut_in_a_packet(pod: Pod) -> None:
     draw = random.Random(11)
     for number in range(1, 9):
-        cut = partial(_cut, after=draw.randrange(1, 1500), way=draw.choice(list(Direction)))
-        pod.broker(cut)
+        after, way = draw.randrange(1, 1500), draw.choice(list(Direction))
+        pod.broker(lambda proxy, after=after, way=way: proxy.cut_after(after, way))  # type: ignore[misc]
         pod.wait_total(number, "sessions_total", state="resumed")
     assert pod.broker(lambda proxy: proxy.counts.cut) == 8
-
-
-def _cut(proxy: FaultProxy, after: int, way: Direction) -> None:
-    proxy.cut_after(after, way)
 
 
 def stands_still(pod: Pod) -> None:

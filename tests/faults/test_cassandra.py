@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import random
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from backing import Direction
 from tests.faults.stage import KEEP_ALIVE_SECONDS, RECEIVE_MAXIMUM
+from tests.proxied import away
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import backing
-    from backing import FaultProxy
     from tests.faults.conftest import MakeStage
     from tests.faults.pod import Pod
     from tests.faults.stage import Stage
@@ -30,12 +29,6 @@ pytestmark = pytest.mark.timeout(180)
 DURABLE = "updates_durable_total"
 RETRIES = "write_retries_total"
 TIMED_OUT = "lib_request_timed_out"
-
-
-def away(proxy: FaultProxy) -> None:
-    """As a server that is down."""
-    proxy.refuse()
-    proxy.reset()
 
 
 # ------------------------------------------------------------------ the way to it
@@ -71,18 +64,14 @@ def one_byte_at_a_time(pod: Pod) -> None:
 def cut_in_a_frame(pod: Pod) -> None:
     draw = random.Random(11)
     for number in range(1, 9):
-        cut = partial(_cut, after=draw.randrange(1, 1500), way=draw.choice(list(Direction)))
-        pod.cassandra(cut)
+        after, way = draw.randrange(1, 1500), draw.choice(list(Direction))
+        pod.cassandra(lambda proxy, after=after, way=way: proxy.cut_after(after, way))  # type: ignore[misc]
         pod.service.wait_until(
             lambda number=number: pod.cassandra(lambda proxy: proxy.counts.cut) == number,  # type: ignore[misc]
             "the connection is cut",
         )
     pod.wait_more(20, DURABLE)
     assert pod.total("write_errors_total") > 0
-
-
-def _cut(proxy: FaultProxy, after: int, way: Direction) -> None:
-    proxy.cut_after(after, way)
 
 
 def away_for_many_keep_alives(pod: Pod) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +11,6 @@ import pytest
 from tests.faults.stage import SLOTS
 
 if TYPE_CHECKING:
-    from backing import FaultProxy
     from tests.faults.conftest import MakeStage
 
 pytestmark = pytest.mark.timeout(180)
@@ -27,7 +25,7 @@ def test_repetitions_and_any_order_across_pods_end_in_the_same_shadow(
     stage = make_stage(pods=3).start()
     draw = random.Random(2)
     for pod, seconds in zip(stage.pods, (0.0, 0.08, 0.25), strict=True):
-        pod.cassandra(partial(_delay, seconds=seconds))
+        pod.cassandra(lambda proxy, seconds=seconds: proxy.delay(seconds))  # type: ignore[misc]
     with (
         stage.traffic(repeats=0.3, count=5, rate=150, seed=1),
         stage.traffic(repeats=0.3, count=5, rate=150, seed=2),
@@ -49,10 +47,6 @@ def test_repetitions_and_any_order_across_pods_end_in_the_same_shadow(
     assert twice > 50
     # Someone really wrote an older value after a newer one, and it did no harm.
     assert stage.witness.counts["sampled rows"] > 0
-
-
-def _delay(proxy: FaultProxy, seconds: float) -> None:
-    proxy.delay(seconds)
 
 
 def test_two_pods_with_one_client_id_take_the_session_from_each_other_and_lose_nothing(

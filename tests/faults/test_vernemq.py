@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import mqtt5
@@ -10,6 +9,7 @@ import pytest
 
 from tests.faults.memory import MemoryServer
 from tests.faults.stage import RECEIVE_MAXIMUM, Stage
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -136,6 +136,15 @@ def test_a_cluster_that_refuses_for_a_while_is_asked_again_and_nothing_is_lost(
     assert verdict.excused == 0
 
 
+def wait_queued(server: MemoryServer, client_id: str) -> None:
+    """Wait until messages wait for a session whose service is away."""
+    wait_until(
+        lambda: server.do(lambda broker: len(broker.sessions[client_id].queue)) > 20,
+        "messages are queued",
+        30,
+    )
+
+
 def test_a_service_that_comes_back_after_a_restart_that_forgot_its_expiry_gets_its_queue(
     stage: Stage, server: MemoryServer
 ) -> None:
@@ -144,7 +153,7 @@ def test_a_service_that_comes_back_after_a_restart_that_forgot_its_expiry_gets_i
     with stage.traffic(qos_0=0):
         pod.wait_more(50, DURABLE)
         assert pod.service.terminate() == 0
-        time.sleep(0.5)
+        wait_queued(server, pod.name)
         stage.restart_memory_broker()
         assert stage.witness.excuses[-1].handed_out <= pod.wire.reached
         queued = server.do(lambda broker: len(broker.sessions[pod.name].queue))
@@ -186,7 +195,7 @@ def test_a_session_that_expired_while_the_service_was_away_is_made_anew(
     with stage.traffic():
         pod.wait_more(50, DURABLE)
         assert pod.service.terminate() == 0
-        time.sleep(0.5)
+        wait_queued(server, pod.name)
         server.do(lambda broker: broker.expire(pod.name))
         stage._excuse("session expired", saved_at=None)
         stage.start()

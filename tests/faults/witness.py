@@ -31,7 +31,7 @@ from cassandra.cluster import EXEC_PROFILE_DEFAULT, Cluster, ExecutionProfile, N
 from cassandra.concurrent import execute_concurrent_with_args
 from cassandra.policies import ConstantReconnectionPolicy, WhiteListRoundRobinPolicy
 
-from tests.oracle import Difference, _compare
+from tests.oracle import Difference, _compare, select_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -128,11 +128,7 @@ class Witness:
         """Connect and begin to watch."""
         self._cluster = _cluster(self._database)
         self.session = self._cluster.connect()
-        self._rows = self.session.prepare(
-            "SELECT shadow, section, path, value, WRITETIME(value) AS time_us, "  # noqa: S608
-            "toUnixTimestamp(updated_at) AS heard_ms, WRITETIME(updated_at) AS heard_us "
-            f"FROM {self._keyspace}.shadow WHERE device = ?"
-        )
+        self._rows = self.session.prepare(select_device(self._keyspace))
         self._one = self.session.prepare(
             f"SELECT WRITETIME(value) AS time_us FROM {self._keyspace}.shadow "  # noqa: S608
             "WHERE device = ? AND shadow = ? AND section = 'reported' AND path = ?"

@@ -216,10 +216,16 @@ def test_the_second_reader_reads_what_is_right_and_doubts_the_rest() -> None:
 # ------------------------------------------------------------------ the command
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def environment(*first: Path) -> dict[str, str]:
+    """Return the variables of the command; modules of `first` come before all others."""
+    path = ":".join(map(str, [*first, ROOT / "src", ROOT]))
+    return {**os.environ, "PYTHONPATH": path, "RUST_BACKTRACE": "0"}
+
+
+def run(*arguments: str, first: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*COMMAND, *arguments],
-        env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "RUST_BACKTRACE": "0"},
+        env=environment(*first),
         capture_output=True,
         text=True,
         timeout=100,
@@ -258,29 +264,14 @@ def test_a_finding_ends_with_1_and_with_commands_that_repeat_it(tmp_path: Path) 
         "    return update\n"
         "Decoder.decode = decode\n"
     )
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}:{ROOT}"}
     arguments = ["--inputs", "600", "--seed", "3", "--jobs", "1", "--target", "decoder"]
-    done = subprocess.run(
-        [*COMMAND, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    done = run(*arguments, first=(tmp_path,))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "KeyError came out" in done.stdout
     lines = [line.strip() for line in done.stdout.splitlines() if "scripts/fuzz" in line]
     assert len(lines) == 2
     for line in lines:
-        again = subprocess.run(
-            [*COMMAND, *shlex.split(line)[1:]],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=False,
-        )
+        again = run(*shlex.split(line)[1:], first=(tmp_path,))
         assert again.returncode == 1, again.stdout + again.stderr
         assert "KeyError came out" in again.stdout
 
@@ -288,7 +279,7 @@ def test_a_finding_ends_with_1_and_with_commands_that_repeat_it(tmp_path: Path) 
 def test_ctrl_c_ends_it_with_the_summary() -> None:
     process = subprocess.Popen(
         [*COMMAND, "--inputs", "100000000", "--seed", "3", "--jobs", "1"],
-        env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "RUST_BACKTRACE": "0"},
+        env=environment(),
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -27,6 +27,7 @@ from shadowsvc.shadow.topic import TopicParser
 from tests.certificates import LOCAL, Authority
 from tests.line import Line, line
 from tests.member import Member, session_present
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -154,9 +155,7 @@ async def test_what_is_published_during_an_adoption_goes_to_the_members_that_liv
         async with adopting(topic=unique) as made:
             attempt = orphan.attempt(made)
             task = asyncio.create_task(attempt.run())
-            async with asyncio.timeout(20):
-                while attempt.step not in {Step.PUBLISH, Step.MARKED}:  # noqa: ASYNC110
-                    await asyncio.sleep(0.005)
+            await until(lambda: attempt.step in {Step.PUBLISH, Step.MARKED}, 20)
             fetched = len(orphan.topics)
             await orphan.publish(100, 150)
             assert await task is End.EMPTIED
@@ -179,15 +178,11 @@ async def test_an_attempt_that_is_cancelled_in_the_middle_costs_nothing(
             orphan.topics.clear()
             attempt = orphan.attempt(made)
             task = asyncio.create_task(attempt.run())
-            async with asyncio.timeout(20):
-                while len(orphan.topics) < 100:  # noqa: ASYNC110
-                    await asyncio.sleep(0.001)
+            await until(lambda: len(orphan.topics) >= 100, 20)
             task.cancel()
             await asyncio.wait([task])
             assert task.cancelled(), f"attempt {tries} was too quick"
-            async with asyncio.timeout(20):
-                while made.ledger.held:  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
+            await until(lambda: not made.ledger.held, 20)
         attempt = orphan.attempt(made)
         assert await attempt.run() is End.EMPTIED
         assert durable(made) == orphan.devices(1000)
@@ -211,9 +206,7 @@ async def test_a_broker_that_falls_silent_is_left(unique: str) -> None:
             attempt = orphan.attempt(made, patience)
             made.store.open.clear()  # so that it is not over before the broker stands still
             task = asyncio.create_task(attempt.run())
-            async with asyncio.timeout(20):
-                while len(orphan.topics) < 100:  # noqa: ASYNC110
-                    await asyncio.sleep(0.001)
+            await until(lambda: len(orphan.topics) >= 100, 20)
             broker.pause()
             try:
                 with pytest.raises(MqttError) as caught:
@@ -222,9 +215,7 @@ async def test_a_broker_that_falls_silent_is_left(unique: str) -> None:
                 broker.resume()
             assert caught.value.reason.startswith("stalled_")
             made.store.open.set()
-            async with asyncio.timeout(20):
-                while made.ledger.held:  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
+            await until(lambda: not made.ledger.held, 20)
             attempt = orphan.attempt(made)
             assert await attempt.run() is End.EMPTIED
             assert durable(made) == orphan.devices(100)

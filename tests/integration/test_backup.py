@@ -9,7 +9,6 @@ and shown (`test_reader`).
 
 from __future__ import annotations
 
-import json
 import subprocess
 import time
 import uuid
@@ -23,6 +22,7 @@ from backing.jars import cassandra_jars, java
 from backing.ports import free_port
 from shadowsvc.shadow.pointer import below
 from tests.group import writes
+from tests.keyspaces import put
 from tests.oracle import Load
 from tests.service import run_command
 from tests.serving import serving, settle
@@ -51,10 +51,6 @@ _JDK_OPTIONS = (
 )
 _STATEMENT_SECONDS = 60
 
-_SET = (
-    "UPDATE shadow USING TIMESTAMP %s SET value = %s, updated_at = %s "
-    "WHERE device = %s AND shadow = %s AND section = %s AND path = %s"
-)
 _DELETE = (
     "DELETE FROM shadow USING TIMESTAMP %s WHERE device = %s AND shadow = %s AND section = %s AND "
 )
@@ -144,21 +140,6 @@ def rows_of(session: Any) -> Rows:
         table: sorted((tuple(row) for row in session.execute(_SELECT[table])), key=repr)
         for table in TABLES
     }
-
-
-def put(
-    session: Any,
-    device: str,
-    path: str,
-    value: object,
-    time_us: int,
-    *,
-    shadow: str = "",
-    section: str = "reported",
-) -> None:
-    session.execute(
-        _SET, (time_us, json.dumps(value), time_us // 1000, device, shadow, section, path)
-    )
 
 
 def write_first(session: Any, time_us: int) -> None:

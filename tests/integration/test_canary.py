@@ -5,21 +5,17 @@ The broker that grants what it does not do is the one in memory: no real one doe
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
-from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import pytest
 
 from backing import Mosquitto
-from tests.memory_broker import MemoryBroker, Server, serve
+from tests.faults.memory import MemoryServer
 from tests.service import ServiceProcess, run_command, variables
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     import backing
@@ -32,32 +28,6 @@ CANARY = {
     "CANARY__INTERVAL_SECONDS": 0.2,
     "CANARY__TIMEOUT_SECONDS": 3,
 }
-
-
-@contextmanager
-def in_a_thread(broker: MemoryBroker) -> Iterator[Server]:
-    """Serve a broker in memory from a loop of its own."""
-    ready: threading.Event = threading.Event()
-    over = asyncio.Event()
-    loops: list[asyncio.AbstractEventLoop] = []
-    servers: list[Server] = []
-
-    async def run() -> None:
-        loops.append(asyncio.get_running_loop())
-        async with serve(broker) as server:
-            servers.append(server)
-            ready.set()
-            await over.wait()
-
-    thread = threading.Thread(target=lambda: asyncio.run(run()), name="broker in memory")
-    thread.start()
-    try:
-        assert ready.wait(10)
-        yield servers[0]
-    finally:
-        loops[0].call_soon_threadsafe(over.set)
-        thread.join(10)
-    assert not servers[0].errors
 
 
 def test_each_process_finds_its_own_updates_whoever_writes_them(
@@ -126,14 +96,16 @@ def test_a_broker_that_refuses_the_canary_disturbs_nothing_else(
 def test_a_subscription_that_was_only_granted_is_found_out_and_made(
     cassandra: backing.Database, migrated: str, unique: str, tmp_path: Path
 ) -> None:
-    broker = MemoryBroker()
-    broker.subscribes_nothing = broker.takes_publishes = True
-    with in_a_thread(broker) as server:
-        where: Any = SimpleNamespace(
-            url=f"mqtt://127.0.0.1:{server.port}", host="127.0.0.1", port=server.port
-        )
+    with MemoryServer() as server:
+        server.do(lambda broker: setattr(broker, "subscribes_nothing", True))
+        server.do(lambda broker: setattr(broker, "takes_publishes", True))
         settings = variables(
-            where, cassandra, migrated, unique, **CANARY, MQTT__RESUBSCRIBE_SECONDS=0
+            server,  # type: ignore[arg-type]  # asked for its address alone
+            cassandra,
+            migrated,
+            unique,
+            **CANARY,
+            MQTT__RESUBSCRIBE_SECONDS=0,
         )
         with ServiceProcess(settings, tmp_path / "service.log") as service:
             service.wait_reasons({"canary_lost"})
@@ -142,12 +114,12 @@ def test_a_subscription_that_was_only_granted_is_found_out_and_made(
             assert figures.total("canary_durable_total") == 0
             assert figures.total("resubscriptions_total") > 0
             assert figures.total("disconnects_total") == 0
-            assert broker.unrouted > 0
+            assert server.do(lambda broker: broker.unrouted) > 0
             assert service.live()
             service.wait_until(
                 lambda: service.metrics().total("canary_lost_total") > 0, "one counts as lost"
             )
-            broker.subscribes_nothing = False
+            server.do(lambda broker: setattr(broker, "subscribes_nothing", False))
             service.wait_ready()
             figures = service.metrics()
             assert figures.total("canary_durable_total") > 0

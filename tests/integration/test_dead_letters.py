@@ -17,7 +17,7 @@ from cassandra.concurrent import execute_concurrent_with_args
 
 from shadowsvc.store.deadletter import SHARDS
 from shadowsvc.store.migrate import migrations
-from tests.keyspaces import make_schema, migrated_keyspace
+from tests.keyspaces import cells, make_schema, migrated_keyspace
 from tests.oracle import Oracle
 from tests.proxied import Proxied
 from tests.service import COMMAND, ServiceProcess, environment, run_command, variables
@@ -66,14 +66,7 @@ class Letters:
 
     def rows(self, device: str) -> list[tuple[Any, ...]]:
         """Return all cells of a device with their write times."""
-        return [
-            tuple(row)
-            for row in self.session.execute(
-                "SELECT shadow, section, path, value, WRITETIME(value), "  # noqa: S608
-                f"WRITETIME(updated_at) FROM {self.keyspace}.shadow WHERE device = %s",
-                (device,),
-            )
-        ]
+        return cells(self.session, self.keyspace, device)
 
     def count(self) -> int:
         table = f"{self.keyspace}.dead_letter"
@@ -117,29 +110,23 @@ def many(count: int, **more: Any) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def own_keyspace(cassandra: backing.Database) -> Iterator[str]:
-    """A keyspace with no other letters."""
-    with migrated_keyspace(cassandra) as name:
-        yield name
-
-
-@pytest.fixture(scope="module")
 def running(
     broker: backing.Broker,
     cassandra: backing.Database,
-    own_keyspace: str,
     cql: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Running]:
+    """With a keyspace that has no other letters."""
     name = f"t{uuid.uuid4().hex[:12]}"
-    settings = variables(broker, cassandra, own_keyspace, name)
     log = tmp_path_factory.mktemp("dead-letters") / "service.log"
-    with (
-        ServiceProcess(settings | FEW_LEAVES, log) as service,
-        Oracle(broker, cql, own_keyspace, name) as oracle,
-    ):
-        service.wait_ready()
-        yield Running(service, oracle, Letters(settings, cql, own_keyspace))
+    with migrated_keyspace(cassandra) as keyspace:
+        settings = variables(broker, cassandra, keyspace, name)
+        with (
+            ServiceProcess(settings | FEW_LEAVES, log) as service,
+            Oracle(broker, cql, keyspace, name) as oracle,
+        ):
+            service.wait_ready()
+            yield Running(service, oracle, Letters(settings, cql, keyspace))
 
 
 # ---------------------------------------------------------------- looking

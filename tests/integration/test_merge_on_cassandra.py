@@ -11,13 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shadowsvc.config import Cassandra
 from shadowsvc.shadow.document import Decoder, Limits
 from shadowsvc.shadow.merge import merge
 from shadowsvc.shadow.topic import TopicParser
 from shadowsvc.shadow.update import Update
 from shadowsvc.store.cassandra import CassandraStore
 from shadowsvc.store.deadletter import DeadLetter
+from tests.keyspaces import settings_of
 from tests.property.cassandra_model import Partition, Row
 
 if TYPE_CHECKING:
@@ -108,16 +108,8 @@ def expected(shape: list[Any]) -> tuple[list[Row], tuple[int, int] | None]:
 
 @pytest.fixture(scope="module")
 def table(cassandra: backing.Database, migrated: str) -> Iterator[Table]:
-    made = CassandraStore(
-        Cassandra(
-            contact_points=cassandra.contact_points,
-            port=cassandra.port,
-            local_dc=cassandra.dc,
-            keyspace=migrated,
-            request_timeout_seconds=30,
-        ),
-        dead_letter_ttl_seconds=3600,
-    )
+    settings = settings_of(cassandra, migrated, request_timeout_seconds=30).cassandra
+    made = CassandraStore(settings, dead_letter_ttl_seconds=3600)
     with asyncio.Runner() as runner, cassandra.session() as session:
         runner.run(made.connect())
         yield Table(runner, made, session)

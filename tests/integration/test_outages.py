@@ -14,8 +14,10 @@ import pytest
 
 from backing import Direction, Mosquitto
 from tests.oracle import Load, Oracle
+from tests.proxied import away
 from tests.rig import RECEIVE_MAXIMUM, SCALED, Rig, rigged
 from tests.service import ServiceProcess, variables
+from tests.serving import wait_nothing_held
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -172,12 +174,6 @@ def test_connections_that_break_in_the_middle_of_packets_cost_nothing(rig: Rig) 
 # ------------------------------------------------------------------ Cassandra
 
 
-def refuse(proxy: FaultProxy) -> None:
-    """As a node that is down: connections are reset, new ones are refused."""
-    proxy.refuse()
-    proxy.reset()
-
-
 def hold(proxy: FaultProxy) -> None:
     """As a node that hangs: connections stay, nothing is answered."""
     proxy.hold()
@@ -191,7 +187,7 @@ def test_cassandra_that_is_away_at_the_start_is_waited_for(
     tmp_path: Path,
 ) -> None:
     with rigged(broker, cassandra, migrated, unique, tmp_path) as rig, rig.oracle:
-        rig.cassandra_proxy.do(refuse)
+        rig.cassandra_proxy.do(away)
         with rig.service as service:
             service.wait_reasons({"cassandra_unavailable", "not_subscribed"})
             service.wait_until(
@@ -208,14 +204,14 @@ def test_cassandra_that_is_away_at_the_start_is_waited_for(
             rig.oracle.wait_right()
 
 
-@pytest.mark.parametrize("fault", [refuse, hold])
+@pytest.mark.parametrize("fault", [pytest.param(away, id="refuse"), hold])
 def test_while_cassandra_is_away_the_broker_is_kept_and_nothing_is_lost(
     rig: Rig, fault: Callable[[FaultProxy], None]
 ) -> None:
     service = rig.service
     rig.publish(100)
     rig.oracle.wait_right()
-    service.wait_until(lambda: service.metrics().total("deliveries_held") == 0, "all is done")
+    wait_nothing_held(service)
     before = service.metrics()
     rig.cassandra_proxy.do(fault)
     rig.publish(10 * RECEIVE_MAXIMUM)
@@ -224,12 +220,12 @@ def test_while_cassandra_is_away_the_broker_is_kept_and_nothing_is_lost(
     service.wait_until(lambda: rig.pings >= pings + 4, "four pings went out")
     assert service.live()
     assert service.ready_reasons() == {"cassandra_unavailable"}
-    away = service.metrics()
-    assert away.since(before, "disconnects_total") == 0
-    assert away.since(before, "sessions_total") == 0
-    assert away.since(before, "messages_acknowledged_total") == 0
-    assert away.total("deliveries_held") == RECEIVE_MAXIMUM
-    assert away.since(before, "write_retries_total") > 0
+    meanwhile = service.metrics()
+    assert meanwhile.since(before, "disconnects_total") == 0
+    assert meanwhile.since(before, "sessions_total") == 0
+    assert meanwhile.since(before, "messages_acknowledged_total") == 0
+    assert meanwhile.total("deliveries_held") == RECEIVE_MAXIMUM
+    assert meanwhile.since(before, "write_retries_total") > 0
     rig.cassandra_proxy.do(lambda one: one.heal())
     rig.oracle.wait_right()
     service.wait_ready()
@@ -268,9 +264,7 @@ def test_reconnects_while_cassandra_is_away_hold_no_more_than_the_budget(rig: Ri
     assert rig.service.metrics().total("messages_acknowledged_total") == 0
     rig.cassandra_proxy.do(lambda one: one.heal())
     rig.oracle.wait_right()
-    rig.service.wait_until(
-        lambda: rig.service.metrics().total("deliveries_held") == 0, "nothing is held any more"
-    )
+    wait_nothing_held(rig.service)
     assert rig.service.metrics().total("deliveries_abandoned_total") > 0
 
 
@@ -325,8 +319,8 @@ def test_cassandra_that_is_killed_under_load_loses_nothing_that_was_acknowledged
             own_cassandra.kill()
             service.wait_reasons({"cassandra_unavailable"})
         assert service.live()
-        away = service.metrics()
-        assert away.total("write_retries_total") > 0
+        meanwhile = service.metrics()
+        assert meanwhile.total("write_retries_total") > 0
         own_cassandra.start()
         service.wait_ready()
         oracle.wait_taken()

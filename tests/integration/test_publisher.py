@@ -14,6 +14,7 @@ from backing import ListenerTls, Mosquitto
 from shadowsvc.errors import ConnectionLost, MqttError, MqttRefused
 from shadowsvc.mqtt.publisher import NO_MATCHING_SUBSCRIBERS, SUCCESS, Publisher
 from shadowsvc.settings import Mqtt
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -49,9 +50,7 @@ async def subscribed(broker: Mosquitto, topic: str) -> AsyncIterator[aiomqtt.Cli
 
 
 async def until_not_connected(publisher: Publisher) -> None:
-    async with asyncio.timeout(5):
-        while publisher.connected:  # noqa: ASYNC110 - there is no event to wait for
-            await asyncio.sleep(0.01)
+    await until(lambda: not publisher.connected)
 
 
 @pytest.mark.parametrize("qos", [0, 1, 2])

@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shadowsvc.config import Cassandra, Settings
+from shadowsvc.config import Settings
 from shadowsvc.errors import SchemaBehind
 from shadowsvc.shadow.pointer import below
 from shadowsvc.shadow.view import RawRow, document, visible
 from shadowsvc.store import driver
-from shadowsvc.store.migrate import migrate
 from shadowsvc.store.reader import read_shadow, select_shadow
+from tests.keyspaces import migrated_keyspace, put, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import backing
 
 pytestmark = pytest.mark.timeout(120)
 
 T0 = 1_700_000_000_000_000
 
-_SET = (
-    "UPDATE shadow USING TIMESTAMP %s SET value = %s, updated_at = %s "
-    "WHERE device = %s AND shadow = %s AND section = %s AND path = %s"
-)
-
 
 @pytest.fixture(scope="module")
-def settings(cassandra: Any) -> Iterator[Settings]:
+def settings(cassandra: backing.Database) -> Iterator[Settings]:
     """Settings of a keyspace of this module with the whole schema."""
-    made = Settings(
-        cassandra=Cassandra(
-            contact_points=cassandra.contact_points,
-            port=cassandra.port,
-            local_dc=cassandra.dc,
-            keyspace=f"test_{secrets.token_hex(6)}",
-            request_timeout_seconds=30,
-        )
-    )
-    migrate(made, lambda _: None)
-    yield made
-    with driver.connected(made.cassandra, request_timeout_seconds=60) as connection:
-        connection.session.execute(f"DROP KEYSPACE {made.cassandra.keyspace}")
+    with migrated_keyspace(cassandra) as keyspace:
+        yield settings_of(cassandra, keyspace, request_timeout_seconds=30)
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +41,6 @@ def session(settings: Settings) -> Iterator[Any]:
 @pytest.fixture
 def device() -> str:
     return f"lamp-{secrets.token_hex(4)}"
-
-
-def put(
-    session: Any,
-    device: str,
-    path: str,
-    value: object,
-    time_us: int,
-    *,
-    shadow: str = "",
-    section: str = "reported",
-) -> None:
-    session.execute(
-        _SET, (time_us, json.dumps(value), time_us // 1000, device, shadow, section, path)
-    )
 
 
 def test_a_device_never_heard_of_is_none(settings: Settings, device: str) -> None:

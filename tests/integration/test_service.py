@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import uuid
+from contextlib import contextmanager
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -510,25 +511,22 @@ def test_a_signal_finishes_what_is_in_flight_and_ends_with_0(
         assert stopped["left_to_the_broker"] == 0
 
 
-def test_a_second_signal_ends_it_at_once(
-    serve: Serve, cassandra: backing.Database, unique: str
-) -> None:
+@contextmanager
+def holding_one(
+    serve: Serve, cassandra: backing.Database, device: str, **settings: object
+) -> Iterator[ServiceProcess]:
+    """Give a service whose only update can't be written, to be ended; it is written afterwards."""
     with (
         Proxied(cassandra.contact_points[0], cassandra.port) as proxy,
-        serve(LIMITS__DRAIN_TIMEOUT_SECONDS=600, **through(proxy)) as (service, oracle),
+        serve(**settings, **through(proxy)) as (service, oracle),
     ):
         proxy.do(lambda one: one.hold())  # so that draining can't end
-        oracle.update(unique, {REPORTED: {"a": 1}})
+        oracle.update(device, {REPORTED: {"a": 1}})
         oracle.wait_taken()
         service.wait_until(
             lambda: service.metrics().total("deliveries_held") == 1, "the update is held"
         )
-        service.signal(signal.SIGTERM)
-        service.wait_until(
-            lambda: "draining" in service.ready_reasons(), "/readyz says that it drains"
-        )
-        assert service.live()
-        assert service.terminate() == 128 + signal.SIGTERM
+        yield service
         # Unacknowledged, so it stayed with the broker, whole.
         proxy.do(lambda one: one.heal())
         service.start()
@@ -536,25 +534,24 @@ def test_a_second_signal_ends_it_at_once(
         settle(service, oracle)
 
 
+def test_a_second_signal_ends_it_at_once(
+    serve: Serve, cassandra: backing.Database, unique: str
+) -> None:
+    with holding_one(serve, cassandra, unique, LIMITS__DRAIN_TIMEOUT_SECONDS=600) as service:
+        service.signal(signal.SIGTERM)
+        service.wait_until(
+            lambda: "draining" in service.ready_reasons(), "/readyz says that it drains"
+        )
+        assert service.live()
+        assert service.terminate() == 128 + signal.SIGTERM
+
+
 def test_it_ends_with_0_when_cassandra_is_away_and_the_deadline_has_come(
     serve: Serve, cassandra: backing.Database, unique: str
 ) -> None:
-    with (
-        Proxied(cassandra.contact_points[0], cassandra.port) as proxy,
-        serve(LIMITS__DRAIN_TIMEOUT_SECONDS=1, **through(proxy)) as (service, oracle),
-    ):
-        proxy.do(lambda one: one.hold())
-        oracle.update(unique, {REPORTED: {"a": 1}})
-        oracle.wait_taken()
-        service.wait_until(
-            lambda: service.metrics().total("deliveries_held") == 1, "the update is held"
-        )
+    with holding_one(serve, cassandra, unique, LIMITS__DRAIN_TIMEOUT_SECONDS=1) as service:
         assert service.terminate() == 0
         (stopped,) = service.events("stopped")
         assert stopped["drained"] is False
         assert stopped["left_to_the_broker"] == 1
         assert stopped["acknowledged"] == 0
-        proxy.do(lambda one: one.heal())
-        service.start()
-        service.wait_ready()
-        settle(service, oracle)

@@ -15,6 +15,7 @@ from shadowsvc.errors import ConnectionLost
 from shadowsvc.settings import Mqtt
 from shadowsvc.simulate import Expected, Message, Options, Shape, Simulation
 from shadowsvc.simulate.command import simulate
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -69,9 +70,7 @@ async def test_what_is_acknowledged_is_what_a_subscriber_gets(own_broker: Mosqui
         options = Options(devices=20, rate=1000, seconds=1, shape=Shape(bad_share=0.1))
         simulation = Simulation(settings(own_broker), options, everything)
         summary = await simulation.run()
-        async with asyncio.timeout(10):
-            while len(got) < summary.acknowledged:  # noqa: ASYNC110 - there is no event
-                await asyncio.sleep(0.01)
+        await until(lambda: len(got) >= summary.acknowledged)
     assert summary.complete
     assert not summary.interrupted
     assert 1000 <= summary.published == summary.acknowledged <= 1000 + 8 * 60

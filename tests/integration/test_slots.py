@@ -18,6 +18,7 @@ from shadowsvc.config import Settings
 from shadowsvc.errors import SchemaBehind, StoreUnavailable
 from shadowsvc.slots import SlotKeeper, SlotState
 from shadowsvc.store.slots import Slot, SlotTable
+from tests.proxied import away
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -432,8 +433,7 @@ async def test_cassandra_away_is_told_and_the_table_comes_back_by_itself(
             if fault == "half open":
                 faulty.proxy.half_open()
             else:
-                faulty.proxy.refuse()
-                faulty.proxy.reset()
+                away(faulty.proxy)
             with pytest.raises(StoreUnavailable):
                 await table.renew(name, token)
             with pytest.raises(StoreUnavailable):

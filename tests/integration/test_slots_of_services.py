@@ -16,7 +16,7 @@ import pytest
 
 from tests.group import LEASE_SECONDS, Group, client_id, writes
 from tests.oracle import Load
-from tests.proxied import Proxied
+from tests.proxied import Proxied, away
 from tests.service import run_command
 from tests.serving import through
 
@@ -245,8 +245,7 @@ def behind(
 
 def cut(store: Proxied) -> None:
     """Take Cassandra away."""
-    store.do(lambda proxy: proxy.refuse())
-    store.do(lambda proxy: proxy.reset())
+    store.do(away)
 
 
 def heal(store: Proxied) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +22,10 @@ from shadowsvc.config import Cassandra, Settings
 from shadowsvc.store import driver
 from shadowsvc.store.migrate import migrate
 from shadowsvc.store.topology import UNKNOWN, Snapshot, Topology, snapshot_of, token_of
+from tests.keyspaces import settings_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import backing
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -132,18 +132,9 @@ def test_a_token_is_the_drivers_with_and_without_its_extension(device: str) -> N
 
 
 @pytest.fixture
-def settings(cassandra: Any) -> Iterator[Cassandra]:
+def settings(cassandra: backing.Database, keyspace: str) -> Cassandra:
     """Settings of a keyspace that does not exist yet, and is dropped at the end."""
-    made = Cassandra(
-        contact_points=cassandra.contact_points,
-        port=cassandra.port,
-        local_dc=cassandra.dc,
-        keyspace=f"test_{secrets.token_hex(6)}",
-        request_timeout_seconds=30,
-    )
-    yield made
-    with driver.connected(made, request_timeout_seconds=60) as connection:
-        connection.session.execute(f"DROP KEYSPACE IF EXISTS {made.keyspace}")
+    return settings_of(cassandra, keyspace, request_timeout_seconds=30).cassandra
 
 
 def test_tokens_are_those_that_cassandra_computes(settings: Cassandra) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from backing import Direction
+from tests.keyspaces import cells
 from tests.oracle import Load
 from tests.rig import Rig, rigged
 from tests.serving import wait_nothing_held
@@ -51,18 +52,6 @@ def rig(
         yield rig
 
 
-def rows(rig: Rig, keyspace: str, device: str) -> list[tuple[Any, ...]]:
-    """Everything that Cassandra holds of a device, times included."""
-    return [
-        tuple(row)
-        for row in rig.oracle.session.execute(
-            "SELECT shadow, section, path, value, WRITETIME(value), WRITETIME(updated_at) "  # noqa: S608
-            f"FROM {keyspace}.shadow WHERE device = %s",
-            (device,),
-        )
-    ]
-
-
 def update(rig: Rig, device: str, at_us: int) -> None:
     """A few updates of one device, each with its own time."""
     for number in range(5):
@@ -79,13 +68,17 @@ def test_writes_that_timed_out_make_the_same_rows_whether_they_were_applied_or_n
     plain, applied, lost = (f"{rig.name}-{name}" for name in ("plain", "applied", "lost"))
     update(rig, plain, at_us)
     rig.oracle.wait_right()
-    wanted = rows(rig, migrated, plain)
+
+    def rows(device: str) -> list[tuple[Any, ...]]:
+        return cells(rig.oracle.session, migrated, device)
+
+    wanted = rows(plain)
     assert len(wanted) == 6
 
     before = service.metrics()
     proxy.do(lambda one: one.hold(Direction.TO_CLIENT))  # written, and nobody is told
     update(rig, applied, at_us)
-    service.wait_until(lambda: len(rows(rig, migrated, applied)) == 6, "the rows are there")
+    service.wait_until(lambda: len(rows(applied)) == 6, "the rows are there")
     service.wait_until(
         lambda: service.metrics().since(before, "write_retries_total") >= 2, "it timed out twice"
     )
@@ -100,14 +93,14 @@ def test_writes_that_timed_out_make_the_same_rows_whether_they_were_applied_or_n
     service.wait_until(
         lambda: service.metrics().since(before, "write_retries_total") >= 2, "it timed out twice"
     )
-    assert rows(rig, migrated, lost) == []
+    assert rows(lost) == []
     assert service.metrics().since(before, "messages_acknowledged_total") == 0
     proxy.do(lambda one: one.heal())
     rig.oracle.wait_right()
     service.wait_ready()
 
-    assert rows(rig, migrated, applied) == wanted
-    assert rows(rig, migrated, lost) == wanted
+    assert rows(applied) == wanted
+    assert rows(lost) == wanted
     figures = service.metrics()
     assert figures.total("write_errors_total", kind="lib_request_timed_out") >= 4
     assert figures.total("dead_letters_total") == 0

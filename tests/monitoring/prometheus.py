@@ -25,7 +25,6 @@ from backing.process import ServerProcess
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
-    from types import TracebackType
 
 __all__ = ["MetricsPage", "Prometheus"]
 
@@ -119,12 +118,7 @@ class Prometheus:
         self.wait_until(self._ready, "it is ready", START_SECONDS)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End it."""
         self._server.stop(10)
 

@@ -12,7 +12,7 @@ import random
 import uuid
 from collections import Counter
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mqtt5
 import pytest
@@ -28,6 +28,7 @@ from shadowsvc.shadow.document import Decoder, Limits
 from shadowsvc.shadow.topic import TopicParser
 from shadowsvc.store.batch import Batcher
 from tests.faulty_store import AWAY, FaultyStore
+from tests.line import nothing_lost
 from tests.memory_broker import Link, MemoryBroker, Server, serve
 from tests.memory_slots import LOST, UNANSWERED, MemoryTable, Rows, run
 
@@ -142,14 +143,12 @@ async def until(condition: Callable[[], object], seconds: float = LIMIT_SECONDS)
 
 @asynccontextmanager
 async def processes(count: int, rows: Rows, server: Server) -> AsyncIterator[list[Process]]:
-    lost: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context))
-    made = [Process(f"p{number}", server, rows) for number in range(count)]
-    async with AsyncExitStack() as stack:
-        for process in made:
-            await stack.enter_async_context(process.running())
-        yield made
-    assert lost == []
+    with nothing_lost():
+        made = [Process(f"p{number}", server, rows) for number in range(count)]
+        async with AsyncExitStack() as stack:
+            for process in made:
+                await stack.enter_async_context(process.running())
+            yield made
 
 
 def assert_all_came(made: list[Process], devices: list[str]) -> None:

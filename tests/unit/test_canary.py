@@ -19,9 +19,10 @@ from shadowsvc.settings import Settings
 from shadowsvc.shadow.document import Decoder, Limits
 from shadowsvc.shadow.topic import TopicParser
 from tests.memory_broker import MemoryBroker, serve
+from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
 NOTHING: dict[str, tuple[str, int]] = {}
 
@@ -235,12 +236,6 @@ class Bench:
         self.published.append(payload)
         if self.delivers:
             self.shadow.write(payload)
-
-
-async def until(condition: Callable[[], object], seconds: float = 10) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - conditions of all kinds
-            await asyncio.sleep(0.005)
 
 
 @asynccontextmanager

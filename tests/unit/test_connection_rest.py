@@ -9,6 +9,7 @@ import mqtt5
 
 from shadowsvc.mqtt.session import Session, SessionOptions
 from shadowsvc.mqtt.transport import _FULL_READ_BYTES, Wire
+from tests.waiting import until
 
 if TYPE_CHECKING:
     import pytest
@@ -84,9 +85,7 @@ def feed(made: Any, data: bytes) -> None:
 
 
 async def reading_again(transport: Transport) -> None:
-    async with asyncio.timeout(5):
-        while not transport.reading:  # noqa: ASYNC110 - the transport is a plain object
-            await asyncio.sleep(0.001)
+    await until(lambda: transport.reading)
 
 
 async def test_reading_rests_after_a_small_read_and_goes_on_by_itself() -> None:

@@ -21,13 +21,13 @@ from shadowsvc import letters_view as view
 from shadowsvc.letters_cli import _selection, _time_ms
 from shadowsvc.replay import Outcome, Summary, Verdict
 from shadowsvc.settings import Settings
-from shadowsvc.store.deadletter import DeadLetter
 from shadowsvc.store.letters import HOUR_MS, Entry, Selection
+from tests.unit.test_deadletter import RECEIVED_MS, letter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-NOW_MS = 1_700_000_123_456
+NOW_MS = RECEIVED_MS
 STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 HOSTILE = "\x1b]0;owned\x07\x9b2J\r\n\u202e\u2028\x00\t"
 LETTER_ID = uuid.UUID(int=5)
@@ -47,23 +47,6 @@ def entry(**changes: Any) -> Entry:
         "written_us": 0,
     }
     return Entry(**values | changes)
-
-
-def letter(**changes: Any) -> DeadLetter:
-    message: dict[str, Any] = {
-        "topic": "things/d/shadow/update",
-        "payload": b"{",
-        "device": "d",
-        "reason": "not_json",
-        "detail": "unexpected end",
-        "received_ms": NOW_MS,
-        "client_id": "pod-1",
-        "qos": 1,
-        "retain": False,
-        "duplicate": True,
-        "user_properties": (),
-    }
-    return DeadLetter.of(**message | changes)
 
 
 def harmless(text: str) -> bool:

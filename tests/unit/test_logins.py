@@ -19,7 +19,8 @@ from shadowsvc.mqtt.connection import Connection
 from shadowsvc.settings import Cassandra
 from shadowsvc.store import driver
 from tests.memory_broker import MemoryBroker, serve
-from tests.unit.test_connection import Taker, endpoint, options, running, until
+from tests.unit.test_connection import Taker, endpoint, options, running
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

@@ -22,7 +22,8 @@ from blockbuster import blockbuster_ctx
 import shadowsvc.pipeline as pipeline_module
 from shadowsvc.backoff import wait_seconds
 from tests.faulty_store import AWAY, REFUSED, writes_of
-from tests.line import line, turns, until
+from tests.line import line, turns
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -20,6 +20,7 @@ from shadowsvc.shadow.update import Update
 from shadowsvc.store.deadletter import DeadLetter
 from shadowsvc.store.letters import Entry
 from tests.faulty_store import AWAY, FaultyStore
+from tests.waiting import until
 
 if TYPE_CHECKING:
     import uuid
@@ -435,8 +436,7 @@ async def test_stop_finishes_what_is_under_way_and_begins_nothing_more() -> None
     run.store.open.clear()
     running = asyncio.create_task(run.run())
     async with asyncio.timeout(10):
-        while run.store.in_flight < 4:  # noqa: ASYNC110 - the double has no event for it
-            await asyncio.sleep(0.001)
+        await until(lambda: run.store.in_flight >= 4)
         run.stopping.set()
         run.store.open.set()
         summary = await running
@@ -451,8 +451,7 @@ async def test_stop_ends_the_waiting_for_an_outage() -> None:
     run.store.error = AWAY
     running = asyncio.create_task(run.run())
     async with asyncio.timeout(20):
-        while not run.store.asked or run.store.in_flight:  # noqa: ASYNC110 - likewise
-            await asyncio.sleep(0.001)
+        await until(lambda: run.store.asked and not run.store.in_flight, 20)
         run.stopping.set()
         summary = await running
     assert (summary.interrupted, summary.error) == (True, None)

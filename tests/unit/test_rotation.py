@@ -21,6 +21,7 @@ from shadowsvc.errors import CredentialsUnusable
 from shadowsvc.metrics import Metrics
 from shadowsvc.rotation import Rotation, Watched
 from tests.certificates import Authority, openssl
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -434,9 +435,7 @@ async def test_a_change_comes_to_the_loop_and_is_counted(
 
         with structlog.testing.capture_logs() as events:
             files.key.write_bytes(b"no key")
-            async with asyncio.timeout(10):
-                while rotation.fault("broker") is None:  # noqa: ASYNC110 - nothing tells
-                    await asyncio.sleep(0.01)
+            await until(lambda: rotation.fault("broker") is not None)
         assert metrics.credentials_unusable == {"broker": 1}
         assert metrics.credentials_faulty["broker"] == 1
         assert rotation.broker_context() is credentials.context

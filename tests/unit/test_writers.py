@@ -12,7 +12,8 @@ import pytest
 from blockbuster import blockbuster_ctx
 
 from tests.faulty_store import AWAY, DOUBTFUL, OVERLOADED, REFUSED
-from tests.line import line, turns, until
+from tests.line import line, turns
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
