@@ -207,12 +207,30 @@ async def test_a_bad_template_is_refused_with_the_reason(
         device.close()
 
 
+async def test_the_reason_that_is_told_is_that_of_the_present_template(
+    folder: Path, pods: list[Mosquitto]
+) -> None:
+    template = folder / "own.j2"
+    template.write_text(TEMPLATE)
+    async with Stage(settings_of(folder, template_file=template)) as stage:
+        await stage.have(broker_of("a", pods[0]))
+        unfit = TEMPLATE.replace("balance {{ settings.balance }}", "balance fairly")
+        for text, by in ((unfit, "haproxy"), ("{{ nothing }}", "template"), (unfit, "haproxy")):
+            template.write_text(text)
+            await until(
+                f"it is refused by {by}",
+                lambda by=by: (stage.supervisor.refused or "").startswith(by),  # type: ignore[misc]
+            )
+        assert stage.metrics.refusals == {"haproxy": 2, "template": 1}
+
+
 async def test_a_template_that_cannot_be_read_is_refused(folder: Path) -> None:
     async with Stage(settings_of(folder, template_file=folder / "none.j2")) as stage:
         ports = {"mqtt": free_port()}
         stage.supervisor.brokers_changed((Broker("a", "127.0.0.26", ports),))
         await until("it is refused", lambda: stage.metrics.refusals["template"] == 1)
         assert "no such file" in (stage.supervisor.refused or "")
+        assert "SHADOWSVC_INGRESS__TEMPLATE_FILE" in (stage.supervisor.refused or "")
         assert stage.supervisor.reasons()[0]["reason"] == "no_configuration"
 
 
@@ -248,6 +266,33 @@ async def test_a_haproxy_that_runs_is_found_and_brought_in_step(
             assert second.metrics.reloads == {}
             assert await device.ping()
         device.close()
+
+
+async def test_beside_a_haproxy_that_is_slow_no_other_is_started(
+    folder: Path, pods: list[Mosquitto], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shadowsvc.ingress.runtime._SECONDS", 0.2)
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readline())
+        await reader.read()
+        await done.wait()
+        writer.close()
+
+    asked: list[bytes] = []
+    done = asyncio.Event()
+    socket_file = folder / "runtime.sock"
+    server = await asyncio.start_unix_server(silent, socket_file)
+    async with Stage(settings_of(folder)) as stage:
+        stage.supervisor.brokers_changed((broker_of("a", pods[0]),))
+        await until("it was asked several times", lambda: len(asked) > 2)
+        assert stage.metrics.haproxy_starts == 0
+        assert "no answer in time" in (stage.supervisor.fault or "")
+        done.set()
+        server.close()
+        socket_file.unlink(missing_ok=True)
+        await stage.have(broker_of("a", pods[0]))
+        assert stage.metrics.haproxy_starts == 1
 
 
 async def test_other_settings_are_a_reload(folder: Path, pods: list[Mosquitto]) -> None:
@@ -321,6 +366,33 @@ async def test_a_certificate_is_swapped_without_dropping_a_connection(
         assert stage.metrics.certificate_expiry["tls.pem"] > 0
         for device in (plain, web, new):
             device.close()
+
+
+async def test_words_beside_a_certificate_do_not_matter(
+    folder: Path, tmp_path: Path, pods: list[Mosquitto]
+) -> None:
+    authority = Authority(tmp_path / "ca")
+    secret = tmp_path / "secret"
+    secret.mkdir()
+
+    def install(name: str) -> None:
+        certificate, key = authority.issue(name, "DNS:localhost")
+        words = f"# für {name}\n".encode() + f"# für {name}\n".encode("latin-1")
+        (secret / "new").write_bytes(words + certificate.read_bytes() + key.read_bytes())
+        (secret / "new").replace(secret / "tls.pem")
+
+    await asyncio.to_thread(install, "first")
+    settings = settings_of(folder, certificate_directory=secret)
+    async with Stage(settings) as stage:
+        await stage.have(broker_of("a", pods[0]))
+        await asyncio.to_thread(install, "second")
+        await until("it is taken", lambda: stage.metrics.certificates_changed == 1)
+        assert stage.metrics.reloads == {}
+        device = await Device.connect(
+            LISTEN, settings.listen_mqtts, name="d", tls=_trust(authority)
+        )
+        assert await device.ping()
+        device.close()
 
 
 async def test_a_certificate_that_is_no_pair_is_refused_and_the_old_one_stays(

@@ -48,10 +48,7 @@ async def check(program: str, file: Path) -> None:
             stderr=asyncio.subprocess.STDOUT,
         )
     except OSError as error:
-        name = variable("ingress", "haproxy")
-        raise HaproxyFailed(
-            f"{name}: {program}: {(error.strerror or str(error)).lower()}"
-        ) from error
+        raise _not_run(program, error) from error
     try:
         async with asyncio.timeout(_CHECK_SECONDS):
             said, _ = await process.communicate()
@@ -96,7 +93,7 @@ class Process:
                 start_new_session=True,
             )
         except OSError as error:
-            raise HaproxyFailed(f"{self._argv[0]}: {error.strerror or error}") from error
+            raise _not_run(self._argv[0], error) from error
         _log.info("haproxy started", pid=self._process.pid)
 
     async def stop(self, limit_seconds: float) -> None:
@@ -116,3 +113,8 @@ class Process:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), seconds)
         _log.info("haproxy ended", code=process.returncode)
+
+
+def _not_run(program: str, error: OSError) -> HaproxyFailed:
+    name = variable("ingress", "haproxy")
+    return HaproxyFailed(f"{name}: {program}: {(error.strerror or str(error)).lower()}")

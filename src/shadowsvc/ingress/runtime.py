@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from shadowsvc.ingress.render import Server
 
-__all__ = ["CommandRefused", "Live", "Master", "Running", "Runtime"]
+__all__ = ["CommandRefused", "Live", "Master", "NobodyThere", "Running", "Runtime"]
 
 _SECONDS: Final = 5.0
 _MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
@@ -34,6 +34,10 @@ _FINGERPRINT = re.compile(r"^SHA1 FingerPrint: ([0-9A-F]{40})$", re.MULTILINE)
 
 class CommandRefused(HaproxyFailed):
     """HAProxy is there and does not do what it was told."""
+
+
+class NobodyThere(HaproxyFailed):
+    """Nobody listens at the socket: HAProxy does not run, or is about to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +77,10 @@ class _Socket:
                         size += len(part)
                 finally:
                     writer.close()
-        except (OSError, TimeoutError) as error:
-            words = str(error) or "no answer in time"
-            raise HaproxyFailed(f"HAProxy's socket {self._path}: {words}") from error
+        except TimeoutError as error:
+            raise HaproxyFailed(f"HAProxy's socket {self._path}: no answer in time") from error
+        except OSError as error:
+            raise NobodyThere(f"HAProxy's socket {self._path}: {error}") from error
         return b"".join(parts).decode(errors="replace").strip()
 
 

@@ -28,11 +28,13 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from shadowsvc.backoff import wait_seconds
+from shadowsvc.config_rules import reason
 from shadowsvc.errors import HaproxyFailed, Refused, ShadowsvcError
 from shadowsvc.ingress import certificates, haproxy
 from shadowsvc.ingress.certificates import Certificates
 from shadowsvc.ingress.render import Rendered, render
-from shadowsvc.ingress.runtime import CommandRefused, Master, Runtime
+from shadowsvc.ingress.runtime import CommandRefused, Master, NobodyThere, Runtime
+from shadowsvc.settings import variable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -102,10 +104,9 @@ def read_template(file: Path | None) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        words = (
-            (error.strerror or "it cannot be read") if isinstance(error, OSError) else "no UTF-8"
-        )
-        raise Refused("template", f"{file}: {words.lower()}") from error
+        name = variable("ingress", "template_file")
+        words = reason(error) if isinstance(error, OSError) else "no utf-8"
+        raise Refused("template", f"{name}: {file}: {words}") from error
 
 
 class Supervisor:
@@ -127,7 +128,8 @@ class Supervisor:
         """What the file has, if we know."""
         self._refused: tuple[str, str] | None = None
         """What was refused last, so that it is said once: by whom, and the words."""
-        self._refused_text: str | None = None
+        self._unfit: dict[str, str] = {}
+        """The text that HAProxy refused last, with its words: it is not asked again."""
         self._certificates = Certificates()
         self._wake = asyncio.Event()
         self._failures = 0
@@ -236,18 +238,18 @@ class Supervisor:
             certificates=self._certificates.files,
             certificate_directory=self._files.certificates,
         )
-        if wanted.text == self._refused_text:
-            return
+        if wanted.text in self._unfit:
+            raise Refused("haproxy", self._unfit[wanted.text])
         if self._current is None or wanted.text != self._current.text:
             try:
                 await asyncio.to_thread(self._put, self._files.candidate, wanted.text)
                 await haproxy.check(self._settings.haproxy, self._files.candidate)
-            except Refused:
-                self._refused_text = wanted.text
+            except Refused as error:
+                self._unfit = {wanted.text: str(error)}
                 raise
             os.replace(self._files.candidate, self._files.configuration)  # noqa: PTH105 - in one step
             self._current = wanted
-        self._refused = self._refused_text = None
+        self._refused, self._unfit = None, {}
         self._metrics.refused = False
 
     def _put(self, file: Path, text: str) -> None:
@@ -272,13 +274,15 @@ class Supervisor:
         """Return the digest of the frame that HAProxy has; start it if that is ours to do."""
         try:
             digest = (await self._runtime.running()).digest
-        except HaproxyFailed:
+        except HaproxyFailed as error:
             self._metrics.haproxy_up = False
             if not self._files.configuration.exists():
                 raise HaproxyFailed("there is no configuration yet") from None
             if not self._settings.start_haproxy:
                 raise
             if not self._process.running:
+                if not isinstance(error, NobodyThere):
+                    raise  # it is there and slow: a second one would share its listeners
                 self._metrics.haproxy_starts += 1
                 await self._process.start()
             digest = await self._await_start()
@@ -370,7 +374,9 @@ class Supervisor:
                 continue
             path = self._files.certificates / name
             await self._runtime.replace_certificate(
-                file, await asyncio.to_thread(path.read_text, encoding="ascii")
+                # Beside the certificates there may be words, in whatever encoding.
+                file,
+                await asyncio.to_thread(path.read_text, "utf-8", "replace"),
             )
             self._metrics.certificates_changed += 1
             _log.info("certificate changed", file=name)
