@@ -1,15 +1,13 @@
 """The settings tree: every setting, its type, range, default and meaning.
 
-Lives here: the frozen models and the rules that concern one setting alone. Rules: every field has
-a description with its unit, from which `docs/configuration.md` is generated
-(`scripts/configuration-table`); durations end in `_seconds`, sizes in `_bytes`. Must not come in:
-where values come from and rules between settings (`shadowsvc.config`), and any I/O.
+Lives here: the frozen models. Rules: every field has a description with its unit, from which
+`docs/configuration.md` is generated (`scripts/configuration-table`); durations end in `_seconds`,
+sizes in `_bytes`. Must not come in: the form of one value (`shadowsvc.setting_forms`), where values
+come from and rules between settings (`shadowsvc.config`), and any I/O.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import re
 import types
 import typing
 from contextvars import ContextVar
@@ -32,6 +30,9 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
+
+from shadowsvc import setting_forms as forms
+from shadowsvc.setting_forms import MAX_CLIENT_ID, PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -58,12 +59,7 @@ __all__ = [
     "variable",
 ]
 
-PREFIX = "SHADOWSVC_"
 _DELIMITER = "__"
-
-_DEFAULT_PORTS = {"mqtt": 1883, "mqtts": 8883}
-MAX_CLIENT_ID = 128
-"""Characters."""
 _MAX_UINT32 = 4_294_967_295
 _MAX_PACKET_BYTES = 268_435_460  # MQTT 5 §2.1.4: 268,435,455 after a header of at most 5 bytes
 _MAX_TTL_SECONDS = 630_720_000  # Cassandra's `Attributes.MAX_TTL`: 20 years
@@ -86,167 +82,12 @@ class _FromFile:
     """The setting may come from a `…_FILE` variable and from the secrets directory."""
 
 
-def _has_control(text: str) -> bool:
-    return any(ord(char) < 32 or 127 <= ord(char) < 160 for char in text)  # noqa: PLR2004 - C0, C1
-
-
-def _url(text: str) -> str:
-    if "@" in text:  # before anything that might quote it
-        raise ValueError(
-            "a user name or password has no place in the URL: "
-            f"give {PREFIX}MQTT__USERNAME and {PREFIX}MQTT__PASSWORD (or …_FILE)"
-        )
-    parts = urlsplit(text)
-    if parts.scheme not in _DEFAULT_PORTS:
-        raise ValueError("the scheme is neither mqtt nor mqtts")
-    if not parts.hostname:
-        raise ValueError("the host is missing")
-    if parts.path not in {"", "/"} or parts.query or parts.fragment or _has_control(text):
-        raise ValueError("nothing may follow the port")
-    if parts.port == 0:  # reading `port` raises ValueError if it is no port
-        raise ValueError("port 0 is no port of a broker")
-    return text
-
-
-def _client_id(text: str) -> str:
-    if len(text) > MAX_CLIENT_ID:
-        raise ValueError(f"it has {len(text)} characters")
-    if _has_control(text):
-        raise ValueError("it has a control character")
-    return text
-
-
-def _name(text: str) -> str:
-    if not text:
-        raise ValueError("it is empty")
-    return _client_id(text)
-
-
-def _share_group(text: str) -> str:
-    # MQTT 5 §4.8.2: a ShareName has at least one character and none of "/", "+", "#".
-    if not text or any(char in text for char in "/+#") or _has_control(text):
-        raise ValueError("it is no share name (MQTT 5 §4.8.2)")
-    return text
-
-
-def _marker_topic(text: str) -> str:
-    if not text or any(char in text for char in "+#") or _has_control(text):
-        raise ValueError("a wildcard, a control character or nothing at all cannot lead a topic")
-    if text.startswith("$") or text.endswith("/"):
-        raise ValueError('a "$" in front or a "/" at the end')
-    return text
-
-
-def _topic_prefix(text: str) -> str:
-    if not text or any(char in text for char in "+#") or _has_control(text):
-        raise ValueError("a wildcard, a control character or nothing at all cannot lead a topic")
-    if text.startswith("$"):
-        raise ValueError('brokers fail on shared subscriptions to topics that start with "$"')
-    if text.startswith("/") or text.endswith("/") or "//" in text:
-        raise ValueError('an empty level: "/" belongs between levels only')
-    return text
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_.:@=-]{1,128}", text):  # as `shadowsvc.shadow.topic` has it
-        raise ValueError("no device can have this name")
-    return text
-
-
-def _contact_points(value: object) -> object:
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
-
-
-def _hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
-    if not hosts:
-        raise ValueError("the list is empty")
-    for host in hosts:
-        if "@" in host:
-            raise ValueError(
-                "a user name or password has no place here: "
-                f"give {PREFIX}CASSANDRA__USERNAME and {PREFIX}CASSANDRA__PASSWORD (or …_FILE)"
-            )
-        if not host or "/" in host or _has_control(host) or " " in host:
-            raise ValueError(f"{host!r} is no host name or address")
-        if host.count(":") == 1:
-            raise ValueError(f"{host!r} names a port: give {PREFIX}CASSANDRA__PORT")
-    return hosts
-
-
-def _names(names: tuple[str, ...]) -> tuple[str, ...]:
-    for name in names:
-        # RFC 6335 §5.1, as Kubernetes has it; or the number of a port.
-        if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,13}[a-z0-9])?", name):
-            raise ValueError(f"{name!r} is no name of a port")
-    if len(set(names)) != len(names):
-        raise ValueError("a name is given twice")
-    return names
-
-
-def _addresses(addresses: tuple[str, ...]) -> tuple[str, ...]:
-    for address in addresses:
-        ipaddress.ip_address(address)  # raises ValueError with words of its own
-    if len(set(addresses)) != len(addresses):
-        raise ValueError("an address is given twice")
-    return addresses
-
-
-def _source_ports(text: str) -> str:
-    if text:
-        match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", text)
-        if match is None or not 1 <= int(match[1]) <= int(match[2]) <= 65_535:  # noqa: PLR2004 - TCP
-            raise ValueError("it is no range of ports")
-    return text
-
-
-def _dns_label(text: str) -> str:
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text):  # RFC 1123 §2.1
-        raise ValueError("it is no name that Kubernetes allows")
-    return text
-
-
-def _listen_host(text: str) -> str:
-    if text != "*":
-        ipaddress.ip_address(text)
-    return text
-
-
-def _keyspace(text: str) -> str:
-    if not re.fullmatch(r"[a-z][a-z0-9_]{0,47}", text):
-        raise ValueError("it is no plain keyspace name")
-    return text
-
-
-def _replication(text: str) -> str:
-    if text == "auto" or re.fullmatch(r"[1-9][0-9]?", text):
-        return text
-    names = []
-    for part in text.split(","):
-        match = re.fullmatch(r"([^\s:,'\"]+):([1-9][0-9]?)", part)
-        if match is None:
-            raise ValueError(f"{part!r} is not written as name:number")
-        names.append(match[1])
-    if len(set(names)) != len(names):
-        raise ValueError("a data centre is named twice")
-    return text
-
-
-def _upper(value: object) -> object:
-    return value.upper() if isinstance(value, str) else value
-
-
-def _lower(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
-
-
 Port = Annotated[int, Field(ge=1, le=65_535)]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 File = Annotated["Path | None", _Allowed("path of a readable PEM file")]
 Username = Annotated["str | None", _Allowed("text"), _FromFile()]
 Password = Annotated["SecretStr | None", _Allowed("text"), _FromFile()]
-TimePolicy = Annotated[Literal["reject", "server_time"], BeforeValidator(_lower)]
+TimePolicy = Annotated[Literal["reject", "server_time"], BeforeValidator(forms.lower)]
 Consistency = Annotated[
     Literal[
         "ONE",
@@ -258,7 +99,7 @@ Consistency = Annotated[
         "EACH_QUORUM",
         "LOCAL_ONE",
     ],
-    BeforeValidator(_upper),
+    BeforeValidator(forms.upper),
 ]
 
 
@@ -273,12 +114,12 @@ class Mqtt(_Section):
 
     url: Annotated[
         str,
-        AfterValidator(_url),
+        AfterValidator(forms.url),
         _Allowed("mqtt://HOST[:PORT] (port 1883) or mqtts://HOST[:PORT] (TLS, port 8883)"),
     ] = Field(default="mqtt://127.0.0.1:1883", description="Address of the MQTT 5 broker.")
     client_id: Annotated[
         str,
-        AfterValidator(_client_id),
+        AfterValidator(forms.client_id),
         _Allowed(f"up to {MAX_CLIENT_ID} characters, no control characters"),
     ] = Field(
         default="",
@@ -286,14 +127,16 @@ class Mqtt(_Section):
         "another for each process. Without one the process leases a slot.",
     )
     share_group: Annotated[
-        str, AfterValidator(_share_group), _Allowed('one or more characters, no "/", "+" or "#"')
+        str,
+        AfterValidator(forms.share_group),
+        _Allowed('one or more characters, no "/", "+" or "#"'),
     ] = Field(
         default="shadowsvc",
         description="Name of the shared subscription; processes of one group share the devices.",
     )
     topic_prefix: Annotated[
         str,
-        AfterValidator(_topic_prefix),
+        AfterValidator(forms.topic_prefix),
         _Allowed('topic levels without "+" and "#"; no "$" or "/" in front, no "/" at the end'),
     ] = Field(default="things", description="What leads every topic: PREFIX/DEVICE/shadow/update.")
     receive_maximum: int = Field(
@@ -371,7 +214,7 @@ class Mqtt(_Section):
     def port(self) -> int:
         """TCP port of the broker: from the URL, else 1883, or 8883 for mqtts."""
         parts = urlsplit(self.url)
-        return parts.port or _DEFAULT_PORTS[parts.scheme]
+        return parts.port or forms.DEFAULT_PORTS[parts.scheme]
 
 
 class Cassandra(_Section):
@@ -379,8 +222,8 @@ class Cassandra(_Section):
 
     contact_points: Annotated[
         tuple[str, ...],
-        BeforeValidator(_contact_points),
-        AfterValidator(_hosts),
+        BeforeValidator(forms.comma_separated),
+        AfterValidator(forms.hosts),
         _Allowed("host names or addresses, separated by commas"),
     ] = Field(
         default=("127.0.0.1",),
@@ -389,7 +232,7 @@ class Cassandra(_Section):
     port: Port = Field(default=9042, description="CQL port, the same on every node.")
     keyspace: Annotated[
         str,
-        AfterValidator(_keyspace),
+        AfterValidator(forms.keyspace),
         _Allowed("1 to 48 of a-z, 0-9 and _, starting with a letter"),
     ] = Field(default="shadowsvc", description="Keyspace of all tables.")
     local_dc: Annotated[str, _Allowed("name of a data centre")] = Field(
@@ -404,7 +247,7 @@ class Cassandra(_Section):
     )
     replication: Annotated[
         str,
-        AfterValidator(_replication),
+        AfterValidator(forms.replication),
         _Allowed("auto, a number such as 3, or dc1:3,dc2:3"),
     ] = Field(
         default="auto",
@@ -506,7 +349,7 @@ class Shadow(_Section):
         description="Names and values of the user properties of one message together, in bytes.",
     )
     timestamp_unit: Annotated[
-        Literal["auto", "seconds", "milliseconds", "microseconds"], BeforeValidator(_lower)
+        Literal["auto", "seconds", "milliseconds", "microseconds"], BeforeValidator(forms.lower)
     ] = Field(default="auto", description="Unit of the devices' times; auto: by magnitude.")
     max_ahead_seconds: float = Field(
         default=300.0,
@@ -573,7 +416,7 @@ class Slots(_Section):
 
     broker: Annotated[
         str,
-        AfterValidator(_name),
+        AfterValidator(forms.name),
         _Allowed(f"1 to {MAX_CLIENT_ID} characters, no control characters"),
     ] = Field(
         default="default",
@@ -602,7 +445,7 @@ class Slots(_Section):
     )
     marker_topic: Annotated[
         str,
-        AfterValidator(_marker_topic),
+        AfterValidator(forms.marker_topic),
         _Allowed('topic levels without "+" and "#"; no "$" in front, no "/" at the end'),
     ] = Field(
         default="shadowsvc/marker",
@@ -621,7 +464,9 @@ class Canary(_Section):
 
     enabled: bool = Field(default=False, description="Whether to publish them.")
     device: Annotated[
-        str, AfterValidator(_device), _Allowed("1 to 128 characters of A-Z a-z 0-9 _ . : @ = -")
+        str,
+        AfterValidator(forms.device),
+        _Allowed("1 to 128 characters of A-Z a-z 0-9 _ . : @ = -"),
     ] = Field(
         default="shadowsvc-canary",
         description="Name of the reserved device. Each process has a named shadow of it.",
@@ -648,10 +493,10 @@ class Http(_Section):
 class Log(_Section):
     """What is logged, to standard error."""
 
-    level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = Field(
-        default="INFO", description="The least important events that are logged."
+    level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(forms.upper)] = (
+        Field(default="INFO", description="The least important events that are logged.")
     )
-    format: Annotated[Literal["auto", "json", "console"], BeforeValidator(_lower)] = Field(
+    format: Annotated[Literal["auto", "json", "console"], BeforeValidator(forms.lower)] = Field(
         default="auto", description="auto: console on a terminal, else json (one object a line)."
     )
 
@@ -659,8 +504,8 @@ class Log(_Section):
 ListenPort = Annotated[int, Field(ge=0, le=65_535)]
 PortNames = Annotated[
     "tuple[str, ...]",
-    BeforeValidator(_contact_points),
-    AfterValidator(_names),
+    BeforeValidator(forms.comma_separated),
+    AfterValidator(forms.names),
     _Allowed("names or numbers of ports, separated by commas"),
 ]
 
@@ -672,14 +517,14 @@ class Ingress(_Section):
         default=None,
         description="How to reach the Kubernetes API; without it by the pod's service account.",
     )
-    namespace: Annotated[str, AfterValidator(_dns_label), _Allowed("1 to 63 of a-z, 0-9 and -")] = (
-        Field(default="shadowsvc", description="Namespace of the brokers' Service.")
-    )
-    service: Annotated[str, AfterValidator(_dns_label), _Allowed("1 to 63 of a-z, 0-9 and -")] = (
-        Field(
-            default="vernemq-headless",
-            description="Service whose EndpointSlices name the brokers' pods.",
-        )
+    namespace: Annotated[
+        str, AfterValidator(forms.dns_label), _Allowed("1 to 63 of a-z, 0-9 and -")
+    ] = Field(default="shadowsvc", description="Namespace of the brokers' Service.")
+    service: Annotated[
+        str, AfterValidator(forms.dns_label), _Allowed("1 to 63 of a-z, 0-9 and -")
+    ] = Field(
+        default="vernemq-headless",
+        description="Service whose EndpointSlices name the brokers' pods.",
     )
     address_type: Literal["IPv4", "IPv6"] = Field(
         default="IPv4", description="Which addresses of a pod are used."
@@ -695,7 +540,7 @@ class Ingress(_Section):
         description="Likewise, MQTT over WebSocket.",
     )
     listen_host: Annotated[
-        str, AfterValidator(_listen_host), _Allowed("an address, or * for all")
+        str, AfterValidator(forms.listen_host), _Allowed("an address, or * for all")
     ] = Field(default="*", description="Address that HAProxy listens on.")
     listen_mqtt: ListenPort = Field(default=1883, description="Port for MQTT; 0: none.")
     listen_mqtts: ListenPort = Field(
@@ -706,7 +551,7 @@ class Ingress(_Section):
         default=443, description="Port for WebSocket by TLS; 0, or without certificates: none."
     )
     statistics_host: Annotated[
-        str, AfterValidator(_listen_host), _Allowed("an address, or * for all")
+        str, AfterValidator(forms.listen_host), _Allowed("an address, or * for all")
     ] = Field(
         default="*",
         description="Address for HAProxy's statistics, which have no login: one that devices do "
@@ -747,8 +592,8 @@ class Ingress(_Section):
     )
     source_addresses: Annotated[
         tuple[str, ...],
-        BeforeValidator(_contact_points),
-        AfterValidator(_addresses),
+        BeforeValidator(forms.comma_separated),
+        AfterValidator(forms.addresses),
         _Allowed("addresses, separated by commas"),
     ] = Field(
         default=(),
@@ -757,7 +602,7 @@ class Ingress(_Section):
         "with `source_ports`; each address in this list adds as many.",
     )
     source_ports: Annotated[
-        str, AfterValidator(_source_ports), _Allowed("LOWEST-HIGHEST, or nothing")
+        str, AfterValidator(forms.source_ports), _Allowed("LOWEST-HIGHEST, or nothing")
     ] = Field(
         default="",
         description="Ports to connect from, such as 1024-65535; without it as the kernel chooses. "
