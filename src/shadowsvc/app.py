@@ -190,6 +190,7 @@ class Service:
             without_device_time=lambda: self.decoder.without_device_time,
             log_lines_dropped=logs.dropped_lines,
             not_ready=lambda: self.health.by_reason,
+            pause_left_seconds=lambda: self.pause.status.left_seconds,
         )
         self._http: http.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -515,7 +516,6 @@ class Service:
         return http.Response.json(503 if reasons else 200, fields, indent=True)
 
     def _metrics_page(self, request: http.Request) -> http.Response:
-        self.metrics.pause_left_seconds = self.pause.status.left_seconds
         content_type, body = self.exposition.render(request.accept)
         return http.Response(200, content_type, body)
 

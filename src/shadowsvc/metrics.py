@@ -130,7 +130,6 @@ class Metrics:
         self.isolated = False
         self.resubscriptions = 0
         self.pauses = 0
-        self.pause_left_seconds = 0.0
         self.canary = CanaryFigures()
         self.loop_lag_seconds = 0.0
         self.clock_offset_seconds = 0.0
@@ -180,6 +179,7 @@ class Exposition(Page):
         without_device_time: Callable[[], int],
         log_lines_dropped: Callable[[], int],
         not_ready: Callable[[], Mapping[str, bool]] = dict,
+        pause_left_seconds: Callable[[], float] = float,
     ) -> None:
         super().__init__()
         self._metrics = metrics
@@ -190,6 +190,7 @@ class Exposition(Page):
         self._without_device_time = without_device_time
         self._log_lines_dropped = log_lines_dropped
         self._not_ready = not_ready
+        self._pause_left_seconds = pause_left_seconds
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family; called by the registry."""
@@ -326,7 +327,7 @@ class Exposition(Page):
         yield _gauge(
             "pause_left_seconds",
             "How long the service will still stay away from the broker.",
-            metrics.pause_left_seconds,
+            self._pause_left_seconds(),
         )
         yield from _canary(metrics.canary)
         yield _gauge("ready", "1 when /readyz says yes.", int(self._is_ready()))

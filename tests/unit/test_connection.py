@@ -7,6 +7,7 @@ import contextlib
 import random
 import socket
 import ssl
+import struct
 import subprocess
 import time
 from contextlib import asynccontextmanager
@@ -22,13 +23,16 @@ import shadowsvc.mqtt.transport as transport_module
 from shadowsvc.ledger import Ledger
 from shadowsvc.metrics import Metrics
 from shadowsvc.mqtt.connection import Connection, Endpoint
-from shadowsvc.mqtt.session import SessionOptions
+from shadowsvc.mqtt.session import Session, SessionOptions
+from shadowsvc.mqtt.transport import Wire
 from shadowsvc.pipeline import Options, Pipeline
 from shadowsvc.shadow.document import Decoder, Limits
 from shadowsvc.shadow.topic import TopicParser
 from shadowsvc.store.batch import Batcher
 from tests.faulty_store import AWAY, FaultyStore
+from tests.line import nothing_lost
 from tests.memory_broker import MemoryBroker, Message, Server, serve
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -107,12 +111,6 @@ class Taker:
             self.send(acks)
 
 
-async def until(condition: Callable[[], object], seconds: float = 5) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - conditions of all kinds
-            await asyncio.sleep(0.005)
-
-
 def endpoint(port: int, **more: Any) -> Endpoint:
     fast = {"connect_timeout_seconds": 5, "reconnect_min_seconds": 0.02}
     return Endpoint("127.0.0.1", port, **{**fast, "reconnect_max_seconds": 0.05, **more})
@@ -125,17 +123,15 @@ def options(**more: Any) -> SessionOptions:
 @asynccontextmanager
 async def running(connection: Connection) -> AsyncIterator[asyncio.Task[None]]:
     """Run a connection; nothing may reach the loop's handler of last resort."""
-    lost: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context))
-    task = asyncio.create_task(connection.run())
-    try:
-        yield task
-    finally:
-        await connection.finish()
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-    assert lost == []
+    with nothing_lost():
+        task = asyncio.create_task(connection.run())
+        try:
+            yield task
+        finally:
+            await connection.finish()
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
 
 
 class Bench:
@@ -553,14 +549,14 @@ async def test_a_broker_without_keep_alive_is_pinged_all_the_same_and_not_in_a_f
         protocol = made.connection._protocol
         assert protocol is not None
         ticks = 0
-        tick = protocol.session.tick
+        tick = protocol._tick
 
-        def counted(now: float) -> None:
+        def counted() -> None:
             nonlocal ticks
             ticks += 1
-            tick(now)
+            tick()
 
-        protocol.session.tick = counted  # type: ignore[method-assign]
+        protocol._tick = counted  # type: ignore[method-assign]
         await until(lambda: broker.links[0].count(mqtt5.PingReqPacket) >= 2)
         assert ticks <= 50
 
@@ -655,6 +651,19 @@ async def test_leaving_a_broker_that_is_gone_ends_in_time(monkeypatch: pytest.Mo
         async with asyncio.timeout(1):
             await made.connection.finish()
             await made.task
+
+
+async def test_leaving_a_broker_that_reset_the_connection_a_moment_ago_is_no_error() -> None:
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        wire = Wire(Session(SessionOptions("c", FILTERS), lambda *_: None), Taker(), loop)
+        await loop.create_connection(lambda: wire, *server.getsockname())
+        accepted, _ = await loop.sock_accept(server)
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        accepted.close()  # the loop has not seen it yet
+        await wire.close_gently()
+        assert wire.transport is None
 
 
 async def test_leaving_while_waiting_to_connect_again_ends_at_once() -> None:

@@ -222,8 +222,8 @@ class Connection:
         session = Session(self.options, self._ingest.publish)
         protocol = Wire(session, self._ingest, loop)
         deadline = loop.time() + endpoint.connect_timeout_seconds
-        await open_wire(endpoint, protocol, deadline)
         try:
+            await open_wire(endpoint, protocol, deadline)
             self._go_on()
             self._protocol = protocol
             protocol.subscribed_again = self.subscribed_again

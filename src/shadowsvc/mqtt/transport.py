@@ -10,6 +10,7 @@ Must not come in: reconnecting, what a message means, when it may be acknowledge
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -154,8 +155,9 @@ class Wire(asyncio.BufferedProtocol):
 
     def start(self, receive_maximum: int, deadline: float) -> None:
         """Send CONNECT; CONNACK and SUBACK have to be here at `deadline` (the loop's time)."""
-        self._opening = self._loop.call_at(deadline, self._check_open)
-        self.session.connect(self._loop.time(), receive_maximum)
+        now = self._loop.time()
+        self._opening = self._loop.call_at(deadline, self._check_open, deadline - now)
+        self.session.connect(now, receive_maximum)
         self._flush()
 
     def send(self, data: bytes) -> None:
@@ -302,12 +304,15 @@ class Wire(asyncio.BufferedProtocol):
         self._looked = (self._read_bytes, now)
         return self.paused or self._read_bytes - read > _BACKLOG_BYTES_A_SECOND * (now - since)
 
-    def _check_open(self) -> None:
-        """End a connection whose CONNACK or SUBACK has not come within the connect time-out."""
+    def _check_open(self, seconds: float) -> None:
+        """End a connection whose CONNACK or SUBACK has not come within the connect time-out.
+
+        A broker with a long queue may pause for a second; what came in as long as that tells more.
+        """
         if self.subscribed_at is not None:
             return
         if self._may_be_behind():
-            self._opening = self._loop.call_later(_FAREWELL_SECONDS, self._check_open)
+            self._opening = self._loop.call_later(seconds, self._check_open, seconds)
             return
         what = "SUBACK" if self.session_started else "CONNACK"
         self._give_up(ConnectionLost("no_answer", f"the broker sent no {what} in time"))
@@ -374,7 +379,8 @@ class Wire(asyncio.BufferedProtocol):
         if not transport.is_closing():
             transport.resume_reading()
             if transport.can_write_eof():
-                transport.write_eof()
+                with contextlib.suppress(OSError):  # the other end is gone, and is so at once
+                    transport.write_eof()
         await asyncio.wait([self.closed], timeout=_FAREWELL_SECONDS)
         if not self.closed.done():
             transport.abort()
