@@ -2,14 +2,15 @@
 
 Lives here: `Rows`, what Cassandra would have; `MemoryTable`, one process's way to it, which can
 lose a request or its answer; `run`, an event loop whose clock jumps to the next timer, so that
-minutes of leases pass in milliseconds, and which may be that of a busy machine. Rules: a TTL ends
-by whole seconds, as in Cassandra; a transaction is one step; what is lost raises
-`StoreUnavailable`, as the real table does once its own read failed.
+minutes of leases pass in milliseconds, and which may be that of a busy machine; and `in_leaps`,
+which makes a test run on it. Rules: a TTL ends by whole seconds, as in Cassandra; a transaction is
+one step; what is lost raises `StoreUnavailable`, as the real table does once its own read failed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import selectors
 from collections import deque
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from uuid import UUID
 
-__all__ = ["LOST", "UNANSWERED", "MemoryTable", "Rows", "run"]
+__all__ = ["LOST", "UNANSWERED", "MemoryTable", "Rows", "in_leaps", "run"]
 
 Result = TypeVar("Result")
 
@@ -162,6 +163,16 @@ def run(main: Coroutine[Any, Any, Result], stalls: random.Random | None = None) 
     """
     with asyncio.Runner(loop_factory=lambda: _JumpingLoop(stalls)) as runner:
         return runner.run(main)
+
+
+def in_leaps(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run a test on a loop whose clock jumps."""
+
+    @functools.wraps(test)
+    def runs(**arguments: object) -> None:
+        run(test(**arguments))
+
+    return runs
 
 
 _STALLS = ((0.06, 0.05), (0.006, 0.5), (0.0006, 3.0))

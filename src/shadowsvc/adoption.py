@@ -35,7 +35,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import structlog
 
+from shadowsvc.backoff import wait_seconds
 from shadowsvc.errors import MqttError, StoreError
+from shadowsvc.slots import TTL_GRAIN_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -67,11 +69,8 @@ OUTCOMES: Final = {
 
 _SPREAD = 0.25
 _MAX_RETRY_SECONDS = 600.0
-_MAX_DOUBLINGS = 10
 _POLL_SECONDS = 0.1
 _GONE: Final = object()
-_TTL_GRAIN_SECONDS = 1.0
-"""Cassandra counts a TTL in whole seconds: it may end this much early."""
 _LEAVE_SECONDS = 3.0
 """What a stop keeps of its time for leaving the broker and giving the lease back."""
 
@@ -150,9 +149,9 @@ class Orphans:
     def postpone(self, name: str, now: float) -> float:
         """Try a slot later: full jitter, doubling each time; return the wait in seconds."""
         self._failures[name] += 1
-        doublings = min(self._failures[name] - 1, _MAX_DOUBLINGS)
         first = self._terms.renew_seconds
-        wait = self._jitter(first / 2, max(first, min(_MAX_RETRY_SECONDS, first * 2**doublings)))
+        longest = max(first, _MAX_RETRY_SECONDS)
+        wait = wait_seconds(self._failures[name], first, longest, self._jitter)
         self._due[name] = now + wait
         return wait
 
@@ -280,6 +279,7 @@ class Adopter:
         """Take the lease of a slot, empty its session, delete it; or give it back."""
         token = uuid.uuid4()
         started = self._now()
+        self._taker.messages = 0
         try:
             if not await self._table.take(name, self._owner, token):
                 self._metrics.adoptions["taken"] += 1
@@ -323,7 +323,6 @@ class Adopter:
         self, name: str, token: UUID, taken: float
     ) -> tuple[str, str | None]:
         """Run an attempt as long as the lease is ours; return the outcome and what went wrong."""
-        self._taker.messages = 0
         self.pipeline.identify(name)
         self._adoption = self._make(name, self._taker)
         work = asyncio.create_task(self._adoption.run(), name="adopted connection")
@@ -352,7 +351,7 @@ class Adopter:
 
     async def _keep_lease(self, name: str, token: UUID, taken: float) -> str:
         """Renew until that fails; return why."""
-        trusted = self._terms.lease_seconds - _TTL_GRAIN_SECONDS
+        trusted = self._terms.lease_seconds - TTL_GRAIN_SECONDS
         until = taken + trusted
         wait = self._terms.renew_seconds
         while True:
@@ -364,7 +363,7 @@ class Adopter:
                         return "the lease of the slot is another's now"
             except (StoreError, TimeoutError) as error:
                 if self._now() >= until:
-                    return f"the lease could not be renewed in time: {error}"
+                    return f"the lease could not be renewed in time: {str(error) or 'no answer'}"
                 wait = self._terms.renew_seconds / 4
             else:
                 until = asked + trusted

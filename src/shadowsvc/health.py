@@ -24,7 +24,8 @@ MAX_CLOCK_OFFSET_SECONDS: Final = 30.0
 REASONS: Final = {
     "starting": "the service is being built",
     "cassandra_unavailable": "Cassandra can't be reached or does not confirm writes",
-    "schema_behind": "the keyspace is older than this release: run `shadowsvc migrate`",
+    "schema_behind": "the keyspace is absent or older than this release: run `shadowsvc migrate`; "
+    "or it is not this release's, as the detail says then",
     "not_subscribed": "the shared subscription is not joined",
     "no_slot": "no slot, and so no client id, is to be had",
     "isolated": "no write succeeded for too long: the broker was left until one does",

@@ -141,6 +141,7 @@ class Pause:
         """
         if self._closed:
             return False
+        self._ended.clear()  # also of a pause that was ended and has not noticed yet
         if self._state is State.AWAY:
             self._until = max(self._until, self._now() + seconds)
             _log.info("pause made longer", seconds_left=round(self.status.left_seconds, 1))
@@ -149,7 +150,6 @@ class Pause:
         else:
             self._state = State.LEAVING
             self._seconds = seconds
-            self._ended.clear()
             self._metrics.pauses += 1
             _log.info("pausing", seconds=seconds)
             self._task = asyncio.create_task(self._run(), name="pause")
@@ -157,6 +157,7 @@ class Pause:
 
     def end(self) -> None:
         """Come back as soon as may be; without a pause nothing happens."""
+        self._seconds = self._until = 0.0
         self._ended.set()
 
     async def close(self) -> None:

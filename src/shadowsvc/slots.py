@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import structlog
 
+from shadowsvc.backoff import wait_seconds
 from shadowsvc.errors import StoreError
 from shadowsvc.owners import is_former_life, owner_name
 from shadowsvc.settings import variable
@@ -45,13 +46,13 @@ if TYPE_CHECKING:
     from shadowsvc.settings import Slots
     from shadowsvc.store.slots import Slot
 
-__all__ = ["Create", "Lease", "SlotKeeper", "SlotState", "Table", "Take"]
+__all__ = ["TTL_GRAIN_SECONDS", "Create", "Lease", "SlotKeeper", "SlotState", "Table", "Take"]
 
 _log = structlog.get_logger(__name__)
 
-_TTL_GRAIN_SECONDS: Final = 1.0
+TTL_GRAIN_SECONDS: Final = 1.0
 """Cassandra counts a TTL in whole seconds: it may end this much early."""
-_RETRY_MIN_SECONDS = 0.1
+_RETRY_MIN_SECONDS = 0.2
 _RETRY_MAX_SECONDS = 2.0
 _FULL_POLL_SECONDS = 5.0
 _MAX_DOUBLINGS = 6
@@ -107,7 +108,7 @@ class Lease:
         self.name: str | None = None
         """The slot that we hold, or held when the lease lapsed."""
         self.token: UUID | None = None
-        self._trusted_seconds = lease_seconds - _TTL_GRAIN_SECONDS
+        self._trusted_seconds = lease_seconds - TTL_GRAIN_SECONDS
         self._max_slots = max_slots
         self._confirmed = 0.0
         self._refused = False
@@ -322,12 +323,14 @@ class SlotKeeper:
         async with self._busy:
             lease, unsure, self._unsure = self._lease, self._unsure, None
             name, token = lease.name, lease.token
+            counted = self.state is SlotState.GIVEN_UP  # as isolated
             lease.released()
             if unsure is not None:
                 await self._table.release(unsure[0], unsure[1])
             if name is not None and token is not None:
                 freed = await self._table.release(name, token)
-                self.losses["released" if freed else "taken"] += 1
+                if not counted:
+                    self.losses["released" if freed else "taken"] += 1
                 _log.info("slot freed", slot=name, freed=freed)
 
     # ---------------------------------------------------------------- steps
@@ -350,8 +353,6 @@ class SlotKeeper:
             return name
         lease.refused()
         if await self._take(name, "again"):
-            self.losses["lapsed"] += 1
-            _log.warning("the lease had lapsed; the slot was free and is ours again", slot=name)
             return name
         lease.lost()
         self.losses["taken"] += 1
@@ -390,6 +391,9 @@ class SlotKeeper:
         self._lease.granted(name, token, asked)
         self.takes[how] += 1
         _log.info("slot taken", slot=name, how=how, owner=self._owner)
+        if how == "again":
+            self.losses["lapsed"] += 1
+            _log.warning("the lease had lapsed; the slot was free and is ours again", slot=name)
         return name
 
     def _note_former(self, slots: Sequence[Slot]) -> None:
@@ -406,7 +410,7 @@ class SlotKeeper:
     def _full_poll_seconds(self) -> float:
         return min(_FULL_POLL_SECONDS, self._settings.renew_seconds)
 
-    async def _rest(self, doublings: int, limit_seconds: float) -> None:
-        """Wait with full jitter, doubling up to the limit."""
-        ceiling = min(limit_seconds, _RETRY_MIN_SECONDS * 2 ** min(doublings, _MAX_DOUBLINGS))
-        await asyncio.sleep(self._draw.uniform(_RETRY_MIN_SECONDS / 2, ceiling))
+    async def _rest(self, failures: int, limit_seconds: float) -> None:
+        await asyncio.sleep(
+            wait_seconds(failures, _RETRY_MIN_SECONDS, limit_seconds, self._draw.uniform)
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shadowsvc.config import Cassandra, Settings
+from shadowsvc.config import Settings
 from shadowsvc.errors import (
     SchemaBehind,
     SchemaConflict,
@@ -29,9 +28,12 @@ from shadowsvc.store.migrate import (
     migrations,
     verify,
 )
+from tests.keyspaces import settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import backing
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -41,21 +43,9 @@ def quiet(_: str) -> None:
 
 
 @pytest.fixture
-def settings(cassandra: Any) -> Iterator[Settings]:
+def settings(cassandra: backing.Database, keyspace: str) -> Settings:
     """Settings of a keyspace that does not exist yet, and is dropped at the end."""
-    keyspace = f"test_{secrets.token_hex(6)}"
-    made = Settings(
-        cassandra=Cassandra(
-            contact_points=cassandra.contact_points,
-            port=cassandra.port,
-            local_dc=cassandra.dc,
-            keyspace=keyspace,
-            request_timeout_seconds=30,
-        )
-    )
-    yield made
-    with driver.connected(made.cassandra, request_timeout_seconds=60) as connection:
-        connection.session.execute(f"DROP KEYSPACE IF EXISTS {keyspace}")
+    return settings_of(cassandra, keyspace, request_timeout_seconds=30)
 
 
 def changed(settings: Settings, **cassandra: Any) -> Settings:
@@ -229,6 +219,19 @@ def test_a_gap_is_a_conflict() -> None:
     last = migrations()[-1]
     with pytest.raises(SchemaConflict, match="1 was not"):
         verify([(last.version, last.name, last.checksum)])
+
+
+def test_a_gap_is_mended_as_its_message_says(settings: Settings, session: Any) -> None:
+    migrate(settings, quiet)
+    session.set_keyspace(settings.cassandra.keyspace)
+    session.execute("DELETE FROM schema_version WHERE service = 'shadowsvc' AND version = 1")
+    session.execute("INSERT INTO slot (share_group, broker, number) VALUES ('g', 'b', 7)")
+    with pytest.raises(SchemaConflict, match="empty it and run `shadowsvc migrate`"):
+        migrate(settings, quiet)
+    session.execute("TRUNCATE schema_version", timeout=60)
+    assert migrate(settings, quiet).version == EXPECTED_VERSION
+    assert verify(session.execute(SELECT_VERSIONS)) == EXPECTED_VERSION
+    assert list(session.execute("SELECT number FROM slot")) == [(7,)]
 
 
 def test_a_newer_schema_is_left_alone(settings: Settings, session: Any) -> None:

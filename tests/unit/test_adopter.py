@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import uuid
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
+import structlog.testing
 
 from shadowsvc.adoption import OUTCOMES, Adopter, Orphans, Terms
 from shadowsvc.errors import ConnectionLost
@@ -20,26 +20,17 @@ from shadowsvc.shadow.document import Decoder, Limits
 from shadowsvc.shadow.topic import TopicParser
 from shadowsvc.store.batch import Batcher
 from tests.faulty_store import FaultyStore
-from tests.memory_slots import LOST, MemoryTable, Rows, run
+from tests.line import nothing_lost
+from tests.memory_slots import LOST, MemoryTable, Rows, in_leaps
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable
 
     from shadowsvc.mqtt.adoption import Emptier
 
 TERMS = Terms(lease_seconds=30, renew_seconds=10, orphan_after_seconds=300)
 DUE_SECONDS = 400
 """By then an orphan was adopted: 300 s, a quarter more by the draw, and the time between looks."""
-
-
-def in_leaps(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run a test on a loop whose clock jumps."""
-
-    @functools.wraps(test)
-    def runs(**arguments: object) -> None:
-        run(test(**arguments))
-
-    return runs
 
 
 def least(low: float, _high: float) -> float:
@@ -226,18 +217,16 @@ async def adopter(
     former: dict[str, uuid.UUID] | None = None,
 ) -> AsyncIterator[Bench]:
     """Run one that has the slot 0 itself, among `count` that are free."""
-    lost: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context))
-    made = Bench(rows or rows_of(count), name, former)
-    try:
-        yield made
-    finally:
-        await made.adopter.stop(10)
-        await made.pipeline.close()
-        assert not made.task.done(), "it ended by itself"
-        made.task.cancel()
-        await asyncio.gather(made.task, return_exceptions=True)
-    assert lost == []
+    with nothing_lost():
+        made = Bench(rows or rows_of(count), name, former)
+        try:
+            yield made
+        finally:
+            await made.adopter.stop(10)
+            await made.pipeline.close()
+            assert not made.task.done(), "it ended by itself"
+            made.task.cancel()
+            await asyncio.gather(made.task, return_exceptions=True)
 
 
 @pytest.mark.parametrize("end", [End.EMPTIED, End.ABSENT])
@@ -490,6 +479,37 @@ async def test_a_take_that_is_lost_is_tried_later() -> None:
         await asyncio.sleep(1)
         made.table.faults.clear()
         await made.attempt(seconds=200)
+
+
+@in_leaps
+async def test_what_is_told_of_an_adoption_is_of_that_one() -> None:
+    async with adopter() as made:
+        attempt = await made.attempt()
+        made.adopter._taker.messages = 7
+        attempt.end.set_exception(ConnectionLost("network", "gone"))
+        with structlog.testing.capture_logs() as events:
+            await made.outcome("broker")
+            while not made.metrics.adoptions["store"]:
+                made.table.faults.extend([None, LOST] if not made.table.faults else [])
+                await asyncio.sleep(0.1)
+            made.table.faults.clear()
+        ended = [event for event in events if event["event"] == "adoption ended"]
+        assert [(event["outcome"], event["messages"]) for event in ended[:2]] == [
+            ("broker", 7),
+            ("store", 0),
+        ]
+
+
+@in_leaps
+async def test_a_lease_that_ends_without_an_answer_says_so() -> None:
+    async with adopter() as made:
+        await made.attempt()
+        made.table.seconds = 10_000
+        with structlog.testing.capture_logs() as events:
+            await made.outcome("lease_lost")
+        made.table.seconds = 0
+        (ended,) = (event for event in events if event["event"] == "adoption ended")
+        assert ended["error"] == "the lease could not be renewed in time: no answer"
 
 
 @in_leaps

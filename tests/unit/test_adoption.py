@@ -24,8 +24,9 @@ from shadowsvc.shadow.document import Decoder, Limits
 from shadowsvc.shadow.topic import TopicParser
 from shadowsvc.store.batch import Batcher
 from tests.faulty_store import AWAY, FaultyStore
-from tests.line import line
+from tests.line import line, nothing_lost
 from tests.memory_broker import Link, MemoryBroker, Server, serve
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -34,12 +35,6 @@ SHARE = "$share/g/things/+/shadow/update"
 ORPHAN = "g-1"
 MARKER_TOPIC = "shadowsvc/marker/g-1"
 PATIENCE = Patience(quiet_seconds=0.1, stalled_seconds=0.5, restless_seconds=0.6)
-
-
-async def until(condition: Callable[[], object], seconds: float = 5) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - conditions of all kinds
-            await asyncio.sleep(0.005)
 
 
 class Orphan:
@@ -149,15 +144,13 @@ class Orphan:
 async def orphan(
     *, receive_maximum: int = 20, patience: Patience = PATIENCE, broker: MemoryBroker | None = None
 ) -> AsyncIterator[Orphan]:
-    lost: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: lost.append(context))
-    async with serve(broker) as server:
-        made = Orphan(server, receive_maximum=receive_maximum, patience=patience)
-        try:
-            yield made
-        finally:
-            await made.pipeline.close()
-    assert lost == []
+    with nothing_lost():
+        async with serve(broker) as server:
+            made = Orphan(server, receive_maximum=receive_maximum, patience=patience)
+            try:
+                yield made
+            finally:
+                await made.pipeline.close()
 
 
 async def fails(attempt: Coroutine[Any, Any, End], *reasons: str) -> None:
@@ -313,8 +306,9 @@ async def test_a_marker_that_cannot_be_published_costs_nothing() -> None:
         await made.assert_kept()
 
 
-@pytest.mark.parametrize("step", [Step.SUBSCRIBE, Step.UNSUBSCRIBE, Step.PUBLISH, Step.MARKED])
-async def test_a_connection_lost_in_any_step_costs_nothing(step: Step) -> None:
+@asynccontextmanager
+async def standing_at(step: Step) -> AsyncIterator[tuple[Orphan, asyncio.Task[End]]]:
+    """Begin to adopt 30 messages; the attempt stands still in this step."""
     async with orphan(patience=PATIENCE._replace(quiet_seconds=2, stalled_seconds=5)) as made:
         made.leave_behind(30)
         made.broker.silent_on = {
@@ -326,6 +320,12 @@ async def test_a_connection_lost_in_any_step_costs_nothing(step: Step) -> None:
         made.endpoint = Endpoint("127.0.0.1", made.server.port, connect_timeout_seconds=5)
         task = asyncio.create_task(made.attempt().run())
         await until(lambda: made.adoption.step is step)
+        yield made, task
+
+
+@pytest.mark.parametrize("step", [Step.SUBSCRIBE, Step.UNSUBSCRIBE, Step.PUBLISH, Step.MARKED])
+async def test_a_connection_lost_in_any_step_costs_nothing(step: Step) -> None:
+    async with standing_at(step) as (made, task):
         made.broker.links[-1].drop()
         await fails(asyncio.wait_for(task, 5), "closed_by_broker", "network")
         await made.assert_kept()
@@ -333,17 +333,7 @@ async def test_a_connection_lost_in_any_step_costs_nothing(step: Step) -> None:
 
 @pytest.mark.parametrize("step", [Step.SUBSCRIBE, Step.UNSUBSCRIBE, Step.PUBLISH, Step.MARKED])
 async def test_a_cancelled_attempt_leaves_with_the_session_kept(step: Step) -> None:
-    async with orphan(patience=PATIENCE._replace(quiet_seconds=2, stalled_seconds=5)) as made:
-        made.leave_behind(30)
-        made.broker.silent_on = {
-            Step.SUBSCRIBE: {mqtt5.SubscribePacket},
-            Step.UNSUBSCRIBE: {mqtt5.UnsubscribePacket},
-        }.get(step, set())
-        if step is Step.PUBLISH:
-            made.publish_marker = lambda _: None
-        made.endpoint = Endpoint("127.0.0.1", made.server.port, connect_timeout_seconds=5)
-        task = asyncio.create_task(made.attempt().run())
-        await until(lambda: made.adoption.step is step)
+    async with standing_at(step) as (made, task):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -352,6 +342,26 @@ async def test_a_cancelled_attempt_leaves_with_the_session_kept(step: Step) -> N
         assert isinstance(link.packets[-1], mqtt5.DisconnectPacket)
         assert link.packets[-1].session_expiry_interval is None
         await made.assert_kept()
+
+
+async def test_an_attempt_that_is_cancelled_while_it_leaves_is_over_all_the_same() -> None:
+    async with orphan(patience=PATIENCE._replace(quiet_seconds=2)) as made:
+        made.leave_behind(30)
+        task = asyncio.create_task(made.attempt().run())
+        await until(lambda: made.adoption.step is Step.MARKED)
+        epoch, acknowledged = made.ledger.epoch, made.ledger.acknowledged
+        wire = made.adoption._wire
+        assert wire is not None
+        task.cancel()
+        async with asyncio.timeout(5):
+            while not wire.ended.done():  # noqa: ASYNC110 - no turn of the loop may be missed
+                await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert made.ledger.epoch == epoch + 1, "what is completed now is acknowledged to nobody"
+        await made.assert_kept()
+        assert made.ledger.acknowledged == acknowledged
 
 
 async def test_while_the_store_is_away_the_session_is_not_ended() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from shadowsvc.shadow.document import REASONS, Decoder
 from shadowsvc.shadow.topic import TopicParser
 from shadowsvc.store.batch import Batcher
 from tests.faulty_store import FaultyStore
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,7 +40,7 @@ VERB = re.compile(
     r"|(CREATE|ALTER|DROP) (TABLE|KEYSPACE)|BEGIN (UNLOGGED )?BATCH|USING TIMESTAMP|WHERE \w+ =)",
     re.DOTALL,
 )
-# A keyspace has a form of its own (`settings._keyspace`); constants are not values.
+# A keyspace has a form of its own (`setting_forms.keyspace`); constants are not values.
 CONSTANT = re.compile(r"_?[A-Z][A-Z_]*")
 HARMLESS = {
     "self.settings.keyspace",
@@ -251,9 +251,7 @@ async def test_hostile_traffic_makes_no_new_label_values() -> None:
         for sent, (topic, payload, properties) in enumerate(hostile_traffic(), 1):
             pipeline.publish(topic, packet(topic, payload, sent, properties))
         pipeline.end_chunk()
-        async with asyncio.timeout(20):
-            while ledger.held:  # noqa: ASYNC110 - nothing tells
-                await asyncio.sleep(0.01)
+        await until(lambda: not ledger.held, 20)
     finally:
         await pipeline.close()
     _, body = exposition.render("")

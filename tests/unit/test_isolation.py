@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from shadowsvc.errors import StoreUnavailable
 from shadowsvc.isolation import Isolation, IsolationWatch
 from shadowsvc.metrics import Metrics
-from tests.memory_slots import run
+from tests.memory_slots import in_leaps
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -85,85 +85,74 @@ async def apart() -> AsyncIterator[Apart]:
     assert task.cancelled(), task.exception()
 
 
-def test_an_outage_below_the_limit_leaves_the_connection() -> None:
-    async def main() -> None:
-        async with apart() as made:
-            for _ in range(10):
-                made.failing_since = made.loop.time()
-                await asyncio.sleep(AFTER - 1)
-                made.failing_since = None
-                await asyncio.sleep(5)
-            assert made.connected
-            assert made.left == made.probed == made.metrics.isolations == 0
-
-    run(main())
-
-
-def test_an_outage_beyond_the_limit_isolates_until_the_probe_succeeds() -> None:
-    async def main() -> None:
-        async with apart() as made:
+@in_leaps
+async def test_an_outage_below_the_limit_leaves_the_connection() -> None:
+    async with apart() as made:
+        for _ in range(10):
             made.failing_since = made.loop.time()
-            await asyncio.sleep(AFTER + 1)
-            assert not made.connected
-            assert made.watch.detail is not None
-            assert "SHADOWSVC_LIMITS__ISOLATE_AFTER_SECONDS" in made.watch.detail
-            assert made.metrics.isolated
-            before = made.left
-            await asyncio.sleep(600)
-            assert not made.connected
-            assert made.left > before, "whatever took the slot again meanwhile gives it up again"
-            made.away = False
-            await asyncio.sleep(5)
-            assert made.connected
-            assert made.watch.detail is None
-            assert not made.metrics.isolated
-            assert made.metrics.isolations == 1
-            # What waits may take its time; then it is the same again.
-            await asyncio.sleep(AFTER - 10)
-            assert made.connected
-            made.away = True
-            await asyncio.sleep(15)
-            assert made.metrics.isolations == 2
-
-    run(main())
-
-
-def test_a_write_of_the_pipelines_own_ends_it_too() -> None:
-    async def main() -> None:
-        async with apart() as made:
-            made.failing_since = made.loop.time()
-            await asyncio.sleep(AFTER + 1)
-            assert made.watch.detail is not None
+            await asyncio.sleep(AFTER - 1)
             made.failing_since = None
             await asyncio.sleep(5)
-            assert made.connected
-            assert made.watch.detail is None
-
-    run(main())
+        assert made.connected
+        assert made.left == made.probed == made.metrics.isolations == 0
 
 
-def test_failures_that_nobody_repeats_isolate_nobody_whose_probe_succeeds() -> None:
+@in_leaps
+async def test_an_outage_beyond_the_limit_isolates_until_the_probe_succeeds() -> None:
+    async with apart() as made:
+        made.failing_since = made.loop.time()
+        await asyncio.sleep(AFTER + 1)
+        assert not made.connected
+        assert made.watch.detail is not None
+        assert "SHADOWSVC_LIMITS__ISOLATE_AFTER_SECONDS" in made.watch.detail
+        assert made.metrics.isolated
+        before = made.left
+        await asyncio.sleep(600)
+        assert not made.connected
+        assert made.left > before, "whatever took the slot again meanwhile gives it up again"
+        made.away = False
+        await asyncio.sleep(5)
+        assert made.connected
+        assert made.watch.detail is None
+        assert not made.metrics.isolated
+        assert made.metrics.isolations == 1
+        # What waits may take its time; then it is the same again.
+        await asyncio.sleep(AFTER - 10)
+        assert made.connected
+        made.away = True
+        await asyncio.sleep(15)
+        assert made.metrics.isolations == 2
+
+
+@in_leaps
+async def test_a_write_of_the_pipelines_own_ends_it_too() -> None:
+    async with apart() as made:
+        made.failing_since = made.loop.time()
+        await asyncio.sleep(AFTER + 1)
+        assert made.watch.detail is not None
+        made.failing_since = None
+        await asyncio.sleep(5)
+        assert made.connected
+        assert made.watch.detail is None
+
+
+@in_leaps
+async def test_failures_that_nobody_repeats_isolate_nobody_whose_probe_succeeds() -> None:
     """What failed may have been left to the broker; then nothing is tried, and nothing fails."""
-
-    async def main() -> None:
-        async with apart() as made:
-            made.away = False
-            made.failing_since = made.loop.time()
-            await asyncio.sleep(10 * AFTER)
-            assert made.connected
-            assert made.left == 0
-            assert made.probed > 0
-            assert made.metrics.isolations == 0
-
-    run(main())
+    async with apart() as made:
+        made.away = False
+        made.failing_since = made.loop.time()
+        await asyncio.sleep(10 * AFTER)
+        assert made.connected
+        assert made.left == 0
+        assert made.probed > 0
+        assert made.metrics.isolations == 0
 
 
-def test_who_is_stopping_is_not_isolated() -> None:
-    async def main() -> None:
-        async with apart() as made:
-            made.draining = True
-            made.failing_since = made.loop.time()
-            await asyncio.sleep(10 * AFTER)
-            assert made.left == 0
-
-    run(main())
+@in_leaps
+async def test_who_is_stopping_is_not_isolated() -> None:
+    async with apart() as made:
+        made.draining = True
+        made.failing_since = made.loop.time()
+        await asyncio.sleep(10 * AFTER)
+        assert made.left == 0

@@ -28,9 +28,10 @@ from shadowsvc.shadow.topic import TopicParser
 from shadowsvc.store.batch import Batcher
 from tests.faulty_store import AWAY, FaultyStore
 from tests.memory_broker import serve
+from tests.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Iterator
 
 FILTER = "$share/g/things/+/shadow/update"
 
@@ -39,12 +40,6 @@ FILTER = "$share/g/things/+/shadow/update"
 def _loop_never_blocked() -> Iterator[None]:
     with blockbuster_ctx(scanned_modules="shadowsvc"):
         yield
-
-
-async def until(condition: Callable[[], object], seconds: float = 5) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - conditions of all kinds
-            await asyncio.sleep(0.005)
 
 
 class Both:
@@ -159,6 +154,25 @@ async def test_a_pause_that_is_ended_while_leaving_disconnects_all_the_same() ->
     await until(lambda: pause.status.state is State.OFF)
     assert both.asked == WHOLE
     assert pause.status.drained is False
+
+
+async def test_a_pause_that_is_asked_for_after_an_end_is_one_however_far_the_last_one_is() -> None:
+    for leaving in (True, False):
+        both = Both()
+        if leaving:
+            both.gate.clear()
+        pause = paused_by(both)
+        pause.begin(1000)
+        await until(lambda both=both, leaving=leaving: len(both.asked) == (1 if leaving else 2))  # type: ignore[misc]
+        pause.end()
+        assert pause.begin(500)
+        await until(lambda pause=pause: pause.status.state is State.AWAY)  # type: ignore[misc]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert pause.status.state is State.AWAY
+        assert 400 < pause.status.left_seconds <= 500, "what was ended does not count"
+        assert both.asked == WHOLE[:2]
+        await pause.close()
 
 
 async def test_a_service_that_stops_inside_a_pause_does_not_come_back() -> None:

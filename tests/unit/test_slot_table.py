@@ -38,6 +38,7 @@ class Driver:
         self.closed = 0
         self.executed = 0
         self.threads: set[str] = set()
+        self.bound: list[tuple[Any, ...]] = []
         self.go_on = threading.Event()
         self.go_on.set()
 
@@ -56,7 +57,8 @@ class Driver:
     def prepare(self, _text: str) -> Any:
         return self
 
-    def bind(self, _values: object) -> Any:
+    def bind(self, values: tuple[Any, ...]) -> Any:
+        self.bound.append(values)
         return self
 
     def execute(self, _bound: object) -> list[Any]:
@@ -127,4 +129,18 @@ async def test_who_stops_waiting_does_not_stop_the_call(fake: Driver) -> None:
     fake.go_on.set()
     assert await table.list() == []
     assert fake.executed >= 2
+    await table.close()
+
+
+async def test_a_take_without_an_answer_is_renewed_under_its_owners_name(fake: Driver) -> None:
+    """It may have been made; the owner's name is how a restarted process knows its own slot."""
+    table = SlotTable(Settings())
+    token = uuid.uuid4()
+    fake.error = StoreUnavailable("timeout", "no answer")
+    with pytest.raises(StoreUnavailable):
+        await table.take("shadowsvc-0", "me", token)
+    fake.bound.clear()
+    with pytest.raises(StoreUnavailable):
+        await table.renew("shadowsvc-0", token)
+    assert fake.bound[0][1:3] == ("me", token)
     await table.close()

@@ -15,7 +15,7 @@ from shadowsvc.owners import owner_name
 from shadowsvc.settings import Slots
 from shadowsvc.slots import Create, Lease, SlotKeeper, SlotState, Take
 from shadowsvc.store.slots import Slot
-from tests.memory_slots import LOST, UNANSWERED, MemoryTable, Rows, run
+from tests.memory_slots import LOST, UNANSWERED, MemoryTable, Rows, in_leaps, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -377,6 +377,18 @@ async def test_a_slot_is_free_at_once_when_it_was_released(made: World) -> None:
 
 
 @world()
+async def test_a_slot_that_was_given_up_is_counted_once_and_freed_all_the_same(made: World) -> None:
+    for seconds in (1, TTL + 1):
+        keeper, _ = made.process()
+        assert await keeper.acquire() == "g-0"
+        await keeper.lapse()
+        await asyncio.sleep(seconds)
+        await keeper.release()
+        assert keeper.losses == {"isolated": 1}
+        assert made.rows.token("g-0") is None
+
+
+@world()
 async def test_a_stop_in_the_middle_of_a_take_frees_what_may_have_been_taken(made: World) -> None:
     keeper, table = made.process(1, renews=False)
     table.faults += [None, UNANSWERED, *[LOST] * 50]
@@ -392,41 +404,38 @@ async def test_a_stop_in_the_middle_of_a_take_frees_what_may_have_been_taken(mad
 
 @pytest.mark.parametrize("fault", [LOST, UNANSWERED])
 @pytest.mark.parametrize("at", range(4))
-def test_whichever_request_or_answer_is_lost_one_slot_is_held_and_none_wasted(
+@in_leaps
+async def test_whichever_request_or_answer_is_lost_one_slot_is_held_and_none_wasted(
     fault: str, at: int
 ) -> None:
-    async def main() -> None:
-        async with World() as made:
-            keeper, table = made.process()
-            table.faults += [*[None] * at, fault]
-            for _ in range(4):  # list, create, renew, renew
-                await keeper.acquire()
-            assert table.faulty == 1
-            assert made.holds(keeper)
-            assert [one.number for one in made.rows.slots()] == [0]
-            assert keeper.takes == {"created": 1}
-
-    run(main())
+    async with World() as made:
+        keeper, table = made.process()
+        table.faults += [*[None] * at, fault]
+        for _ in range(4):  # list, create, renew, renew
+            await keeper.acquire()
+        assert table.faulty == 1
+        assert made.holds(keeper)
+        assert [one.number for one in made.rows.slots()] == [0]
+        assert keeper.takes == {"created": 1}
 
 
 @pytest.mark.parametrize("fault", [LOST, UNANSWERED])
 @pytest.mark.parametrize("at", range(3))
-def test_whatever_is_lost_while_a_lapsed_slot_is_taken_again_it_stays_one(
+@in_leaps
+async def test_whatever_is_lost_while_a_lapsed_slot_is_taken_again_it_stays_one(
     fault: str, at: int
 ) -> None:
-    async def main() -> None:
-        async with World() as made:
-            keeper, table = made.process(renews=False)
-            await keeper.acquire()
-            await asyncio.sleep(TTL + 1)
-            table.faults += [*[None] * at, fault]  # renew, take
-            assert await keeper.acquire() == "g-0"
-            assert await keeper.acquire() == "g-0"
-            assert table.faulty == 1
-            assert made.holds(keeper)
-            assert len(made.rows.slots()) == 1
-
-    run(main())
+    async with World() as made:
+        keeper, table = made.process(renews=False)
+        await keeper.acquire()
+        await asyncio.sleep(TTL + 1)
+        table.faults += [*[None] * at, fault]  # renew, take
+        assert await keeper.acquire() == "g-0"
+        assert await keeper.acquire() == "g-0"
+        assert table.faulty == 1
+        assert made.holds(keeper)
+        assert len(made.rows.slots()) == 1
+        assert keeper.losses == ({"lapsed": 1} if keeper.takes["again"] else {"taken": 1})
 
 
 @pytest.mark.parametrize("seed", range(25))

@@ -209,9 +209,11 @@ class Adoption:
         finally:
             wire.fail(ConnectionLost(reason, "leaving with the session kept"), farewell=0)
             wire.stop_timers()
-            await wire.close_gently()
-            self._wire = None
-            emptier.disconnected(reason)
+            try:
+                await wire.close_gently()
+            finally:  # a stop that has no time left cancels this too
+                self._wire = None
+                emptier.disconnected(reason)
         return end
 
     async def _until_over(self, wire: Wire) -> End:

@@ -172,7 +172,8 @@ def _compare(rows: Iterable[tuple[int, str, str]], files: tuple[Migration, ...])
         if version not in applied:
             raise SchemaConflict(
                 f"schema version {highest} was applied but {version} was not: "
-                "the table schema_version was changed by hand, or restored in part"
+                "the table schema_version was changed by hand, or restored in part: "
+                "empty it and run `shadowsvc migrate`, which may repeat every file"
             )
     for file in files:
         if file.version not in applied:

@@ -149,26 +149,18 @@ class SlotTable:
 
     def _create(self, number: int, owner: str, token: UUID) -> bool:
         row = self._key(number)
-        now = datetime.now(UTC)
-        made = self._transact(
-            "create", number, token, *row, now, self._ttl, owner, token, now, *row
-        )
-        self._note(made, owner, token, now)
-        return made
+        now = self._note(owner, token)
+        return self._lease("create", number, token, *row, now, self._ttl, owner, token, now, *row)
 
     def _take(self, name: str, owner: str, token: UUID) -> bool:
         number = self._number(name)
-        now = datetime.now(UTC)
-        taken = self._transact(
-            "take", number, token, self._ttl, owner, token, now, *self._key(number)
-        )
-        self._note(taken, owner, token, now)
-        return taken
+        now = self._note(owner, token)
+        return self._lease("take", number, token, self._ttl, owner, token, now, *self._key(number))
 
     def _renew(self, name: str, token: UUID) -> bool:
         number = self._number(name)
         owner, since = self._takes.get(token, ("", datetime.now(UTC)))
-        return self._transact(
+        return self._lease(
             "renew", number, token, self._ttl, owner, token, since, *self._key(number), token
         )
 
@@ -184,9 +176,17 @@ class SlotTable:
             self._takes.pop(token, None)
         return done
 
-    def _note(self, taken: bool, owner: str, token: UUID, since: datetime) -> None:  # noqa: FBT001 - private
-        if taken:
-            self._takes[token] = (owner, since)
+    def _note(self, owner: str, token: UUID) -> datetime:
+        """Note a take before it is asked for: one without an answer may be renewed, too."""
+        now = datetime.now(UTC)
+        self._takes[token] = (owner, now)
+        return now
+
+    def _lease(self, name: str, number: int, token: UUID, *values: object) -> bool:
+        granted = self._transact(name, number, token, *values)
+        if not granted:
+            self._takes.pop(token, None)
+        return granted
 
     def _transact(
         self, name: str, number: int, token: UUID, *values: object, gives_up: bool = False
