@@ -51,8 +51,8 @@ func (t *cqlTap) serve(listener net.Listener) {
 			continue
 		}
 		c := &cqlTapped{cqlTap: t, pending: map[uint16][]int64{}}
-		go pass(service, server, c.fromService)
-		go pass(server, service, c.fromCassandra)
+		go pass(service, server, 0, c.fromService)
+		go pass(server, service, 0, c.fromCassandra)
 	}
 }
 

@@ -60,6 +60,7 @@ func main() {
 	leaves := flag.Int("leaves", usualLeaves, "leaves of an update")
 	textBytes := flag.Int("text-bytes", 0, "size of one leaf that is a text; 0: the usual one")
 	arrivals := flag.Bool("arrivals", false, "measure from publish to subscriber, too")
+	rest := flag.Duration("rest", 0, "let messages gather so long at the tap, which costs less CPU")
 	every := flag.Duration("every", 0, "tell how far it is so often while measuring; 0: never")
 	flag.Parse()
 	log.SetFlags(0)
@@ -68,7 +69,8 @@ func main() {
 	}
 	d := document{prefix: *prefix, devices: *devices, leaves: *leaves, textBytes: *textBytes}
 	err := run(
-		*broker, *publishTo, *cassandra, *name, d, *connections, *services, *window, *arrivals, *every,
+		*broker, *publishTo, *cassandra, *name, d, *connections, *services, *window, *arrivals, *rest,
+		*every,
 	)
 	if err != nil {
 		log.Fatal(err)
@@ -77,7 +79,7 @@ func main() {
 
 func run(
 	broker, publishTo, cassandra, name string, d document, connections, services int, window int64,
-	arrivals bool, every time.Duration,
+	arrivals bool, rest, every time.Duration,
 ) error {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -97,6 +99,7 @@ func run(
 		early:      cassandra != "",
 		own:        []byte(d.prefix + deviceLevel),
 		arrivals:   arrivals,
+		rest:       rest,
 		subscribed: func(level byte) { subscribed <- level },
 		onDurable: func() {
 			select {

@@ -10,20 +10,27 @@ import (
 	"time"
 )
 
-const chunkBytes = 256 * 1024
+const (
+	chunkBytes = 256 * 1024
+	// The kernel's share of what waits between broker and service: more would only hide a queue.
+	waitingBytes = 256 * 1024
+	// A read that brought so much is followed by the next at once, however long the tap rests.
+	muchBytes = 16 * 1024
+)
 
 // A tap stands between a service and the broker. It passes on every byte and measures from publish
 // to PUBACK, which a service sends when the update is durable (cqlTap is for one that does not).
 // What a service says is taken from it at once, however slowly the broker reads it: see outbox.
 type tap struct {
 	broker     string
-	early      bool         // the service acknowledges before the write: a cqlTap counts instead
-	arrivals   bool         // whether to measure from publish to subscriber, too
-	durable    atomic.Int64 // updates
-	connected  atomic.Int64 // connections of services, all there ever were
-	again      atomic.Int64 // updates that were acknowledged before, and came again
-	own        []byte       // how topics of the load generator begin
-	held       peak         // most deliveries that a connection had unacknowledged
+	early      bool          // the service acknowledges before the write: a cqlTap counts instead
+	arrivals   bool          // whether to measure from publish to subscriber, too
+	durable    atomic.Int64  // updates
+	connected  atomic.Int64  // connections of services, all there ever were
+	again      atomic.Int64  // updates that were acknowledged before, and came again
+	own        []byte        // how topics of the load generator begin
+	rest       time.Duration // after a small read from the broker, so that messages come together
+	held       peak          // most deliveries that a connection had unacknowledged
 	subscribed func(level byte)
 	onDurable  func()
 
@@ -68,9 +75,10 @@ func (t *tap) serve(listener net.Listener) {
 		}
 		t.connected.Add(1)
 		c := &tapped{tap: t}
+		_ = broker.(*net.TCPConn).SetReadBuffer(waitingBytes)
 		patient := newOutbox(broker)
-		go pass(service, patient, c.fromService)
-		go pass(patient, service, c.fromBroker)
+		go pass(service, patient, 0, c.fromService)
+		go pass(patient, service, t.rest, c.fromBroker)
 	}
 }
 
@@ -87,7 +95,7 @@ func (p *peak) raise(to int64) {
 }
 
 // pass copies from one side to the other, showing whole packets to see before they leave.
-func pass(from, to net.Conn, see func(data []byte, now int64) (int, error)) {
+func pass(from, to net.Conn, rest time.Duration, see func(data []byte, now int64) (int, error)) {
 	defer from.Close()
 	defer to.Close()
 	buffer := make([]byte, 0, chunkBytes)
@@ -110,6 +118,9 @@ func pass(from, to net.Conn, see func(data []byte, now int64) (int, error)) {
 			return
 		}
 		buffer = buffer[:copy(buffer, buffer[seen:])]
+		if rest > 0 && n < muchBytes {
+			time.Sleep(rest)
+		}
 	}
 }
 

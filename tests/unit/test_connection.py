@@ -653,6 +653,17 @@ async def test_leaving_a_broker_that_is_gone_ends_in_time(monkeypatch: pytest.Mo
             await made.task
 
 
+async def test_the_kernel_holds_no_more_than_a_bounded_part_of_what_waits() -> None:
+    async with bench() as made:
+        protocol = made.connection._protocol
+        assert protocol is not None
+        assert protocol.transport is not None
+        kept = protocol.transport.get_extra_info("socket")
+        # A size that was set stays, one that was not grows. Linux gives twice what is asked for.
+        size = kept.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        assert size == 2 * transport_module._RECEIVE_BUFFER_BYTES
+
+
 async def test_leaving_a_broker_that_reset_the_connection_a_moment_ago_is_no_error() -> None:
     loop = asyncio.get_running_loop()
     with socket.create_server(("127.0.0.1", 0)) as server:

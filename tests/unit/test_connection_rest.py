@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import mqtt5
 
@@ -25,6 +27,7 @@ class Transport:
         self.reading = True
         self.pauses = 0
         self.closing = False
+        self.socket = Mock(spec=socket.socket)
 
     def pause_reading(self) -> None:
         assert self.reading
@@ -41,8 +44,8 @@ class Transport:
     def write(self, data: bytes) -> None:
         pass
 
-    def get_extra_info(self, _name: str) -> None:
-        return None
+    def get_extra_info(self, name: str) -> object:
+        return self.socket if name == "socket" else None
 
 
 class Taker:
