@@ -115,6 +115,11 @@ def test_cpu_a_minute_becomes_cpu_a_second() -> None:
     assert found["broker.cpu_us_per_connect"] == 200
 
 
+def test_what_a_publish_costs_a_broker_full_of_idle_connections_is_not_taken() -> None:
+    assert SCALE["a_connection"]["broker"]["publish_cpu_us"] == 50
+    assert "broker.cpu_us_per_publish" not in figures(SCALE)
+
+
 def test_of_a_curve_that_bends_the_steepest_part_counts() -> None:
     found = figures(GROWTH)
 
