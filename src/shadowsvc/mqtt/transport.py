@@ -102,7 +102,7 @@ async def open_wire(endpoint: Endpoint, wire: Wire, deadline: float) -> None:
     try:
         async with asyncio.timeout_at(deadline):
             context = None if endpoint.tls is None else await asyncio.to_thread(endpoint.tls)
-            await loop.create_connection(
+            transport, _ = await loop.create_connection(
                 lambda: wire,
                 endpoint.host,
                 endpoint.port,
@@ -110,6 +110,10 @@ async def open_wire(endpoint: Endpoint, wire: Wire, deadline: float) -> None:
                 server_hostname=endpoint.host if context else None,
                 ssl_shutdown_timeout=_FAREWELL_SECONDS if context else None,
             )
+            if not transport.is_closing():
+                transport.get_extra_info("socket").setsockopt(
+                    socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES
+                )
     except TimeoutError:
         raise ConnectionLost(
             "connect_timeout",
@@ -180,9 +184,6 @@ class Wire(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio: connected."""
         self.transport = transport  # type: ignore[assignment]
-        transport.get_extra_info("socket").setsockopt(
-            socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES
-        )
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - the protocol's signature
         """asyncio: where to read to."""
