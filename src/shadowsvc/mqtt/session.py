@@ -288,25 +288,24 @@ class Session:
         self._on_publish(topic, packet)
 
     def _control(self, packet: mqtt5.Packet) -> None:
-        match packet:
-            case mqtt5.PingRespPacket():
-                pass
-            case mqtt5.ConnAckPacket() if self.state is State.CONNECTING:
-                self._connack(packet)
-            case mqtt5.SubAckPacket() if self.state in (State.SUBSCRIBING, State.LIVE):
-                self._suback(packet)
-            case mqtt5.DisconnectPacket():
-                code = packet.reason_code
-                text = f": {packet.reason_str}" if packet.reason_str else ""
-                raise ConnectionLost(
-                    code.name.lower(), f"the broker disconnected with {code.name} ({code}){text}"
-                )
-            case mqtt5.PubAckPacket() | mqtt5.UnsubAckPacket():
-                pass
-            case _:
-                raise ProtocolViolation(
-                    _PROTOCOL_ERROR, f"{type(packet).__name__} in state {self.state.value}"
-                )
+        # No `match`: the compiler knows no class pattern of a package that it does not see.
+        if isinstance(packet, mqtt5.ConnAckPacket) and self.state is State.CONNECTING:
+            self._connack(packet)
+        elif isinstance(packet, mqtt5.SubAckPacket) and self.state in (
+            State.SUBSCRIBING,
+            State.LIVE,
+        ):
+            self._suback(packet)
+        elif isinstance(packet, mqtt5.DisconnectPacket):
+            code = packet.reason_code
+            text = f": {packet.reason_str}" if packet.reason_str else ""
+            raise ConnectionLost(
+                code.name.lower(), f"the broker disconnected with {code.name} ({code}){text}"
+            )
+        elif not isinstance(packet, _NOTHING_TO_DO):
+            raise ProtocolViolation(
+                _PROTOCOL_ERROR, f"{type(packet).__name__} in state {self.state.value}"
+            )
 
     def _connack(self, packet: mqtt5.ConnAckPacket) -> None:
         code = packet.reason_code
@@ -374,6 +373,7 @@ class Session:
 
 
 _PINGREQ = mqtt5.PingReqPacket().write()
+_NOTHING_TO_DO = (mqtt5.PingRespPacket, mqtt5.PubAckPacket, mqtt5.UnsubAckPacket)
 
 _CODE = mqtt5.ConnAckReasonCode
 _ADVICE = {
