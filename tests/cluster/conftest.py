@@ -7,7 +7,6 @@ marked `cluster` and run by `scripts/test --all`, in a group of their own.
 
 from __future__ import annotations
 
-import time
 import uuid
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +19,7 @@ from cassandra.cluster import EXEC_PROFILE_DEFAULT
 
 from backing import CassandraCluster, connect
 from tests.keyspaces import make_schema
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import backing
 
 HERE = Path(__file__).parent
-_UP_SECONDS = 180.0
+UP_SECONDS = 180.0
 # What confirmed writes a killed node may forget would hide what the service did wrong.
 _SETTINGS = {"commitlog_sync": "batch"}
 # Nodes that live for minutes spend them on compiling, unless they are told to be quick about it.
@@ -67,7 +67,7 @@ def make_whole(cluster: CassandraCluster) -> None:
         with connect((node.address,), cluster.port) as session:
             profile = session.get_execution_profile(EXEC_PROFILE_DEFAULT)
             profile.consistency_level = ConsistencyLevel.ALL
-            wait_until(partial(sees_all, session), f"{node.address} sees all nodes")
+            wait_until(partial(sees_all, session), f"{node.address} sees all nodes", UP_SECONDS)
 
 
 def sees_all(session: Any) -> bool:
@@ -83,16 +83,6 @@ def sees_all(session: Any) -> bool:
 def nodes_up(session: Any) -> int:
     """Return how many of the nodes that the session is connected to are up."""
     return sum(bool(host.is_up) for host in session.cluster.metadata.all_hosts())
-
-
-def wait_until(
-    condition: Callable[[], bool], what: str, limit_seconds: float = _UP_SECONDS
-) -> None:
-    """Wait until `condition` is true; else fail with `what`."""
-    deadline = time.monotonic() + limit_seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {limit_seconds:g} s: {what}"
-        time.sleep(0.1)
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from tests.cluster.conftest import START_SECONDS, make_whole, nodes_up, reader, wait_until
+from tests.cluster.conftest import START_SECONDS, UP_SECONDS, make_whole, nodes_up, reader
 from tests.oracle import Load, Oracle
 from tests.proxied import Proxied
 from tests.rig import Pings
 from tests.service import ServiceProcess, variables
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -115,12 +116,14 @@ def test_a_node_that_is_killed_and_comes_back_costs_nothing(rig: Rig) -> None:
         rig.wait_durable(300)
         node.kill()
         rig.wait_durable(400)
-        wait_until(lambda: nodes_up(rig.oracle.session) == 2, "the node is seen to be down")
+        wait_until(
+            lambda: nodes_up(rig.oracle.session) == 2, "the node is seen to be down", UP_SECONDS
+        )
         rig.wait_durable(400)
         assert rig.service.ready_reasons() == set()
         assert rig.service.live()
         node.start(START_SECONDS)
-        wait_until(lambda: nodes_up(rig.oracle.session) == 3, "the node is back")
+        wait_until(lambda: nodes_up(rig.oracle.session) == 3, "the node is back", UP_SECONDS)
         rig.wait_durable(400)
     rig.oracle.wait_taken()
     rig.oracle.wait_right(60)
@@ -191,7 +194,9 @@ def test_a_node_that_is_replaced_by_another_costs_nothing(rig: Rig) -> None:
     with Load(rig.oracle, "replaced", count=200, burst=5):
         rig.wait_durable(300)
         lost.kill()
-        wait_until(lambda: nodes_up(rig.oracle.session) == 2, "the node is seen to be down")
+        wait_until(
+            lambda: nodes_up(rig.oracle.session) == 2, "the node is seen to be down", UP_SECONDS
+        )
         successor = rig.cluster.add(replaces=lost)
         successor.start(START_SECONDS)
         rig.wait_durable(300)

@@ -19,9 +19,10 @@ from cassandra.murmur3 import murmur3
 from shadowsvc.app import Service
 from shadowsvc.config import load
 from shadowsvc.store.cassandra import CassandraStore
-from tests.cluster.conftest import START_SECONDS, reader, wait_until
+from tests.cluster.conftest import START_SECONDS, UP_SECONDS, reader
 from tests.oracle import Load, Oracle
 from tests.service import variables
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -89,7 +90,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:
-    await asyncio.to_thread(wait_until, condition, what)
+    await asyncio.to_thread(wait_until, condition, what, UP_SECONDS)
 
 
 async def test_batches_stay_within_replica_sets_while_a_node_joins(

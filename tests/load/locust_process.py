@@ -14,21 +14,17 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from html import unescape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from backing import free_port
 from load.journal import read
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-__all__ = ["ROOT", "Locust", "until"]
+__all__ = ["LIMIT_SECONDS", "ROOT", "Locust"]
 
 ROOT = Path(__file__).parents[2]
-_LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 60.0
 
 
 class Locust:
@@ -95,7 +91,7 @@ class Locust:
         assert self._process is not None
         os.killpg(self._process.pid, how)
 
-    def wait(self, limit_seconds: float = _LIMIT_SECONDS) -> int:
+    def wait(self, limit_seconds: float = LIMIT_SECONDS) -> int:
         """Wait for the end; return the exit code."""
         assert self._process is not None
         try:
@@ -103,7 +99,7 @@ class Locust:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"did not end in {limit_seconds:g} s: {self.log()}") from None
 
-    def finish(self, limit_seconds: float = _LIMIT_SECONDS) -> int:
+    def finish(self, limit_seconds: float = LIMIT_SECONDS) -> int:
         """`interrupt`, then `wait`."""
         self.interrupt()
         return self.wait(limit_seconds)
@@ -146,11 +142,3 @@ class Locust:
                 if entry.acknowledged:
                     made.setdefault(header.device(entry.number), set()).add(entry.sequence)
         return made
-
-
-def until(what: str, met: Callable[[], bool], limit_seconds: float = _LIMIT_SECONDS) -> None:
-    """Wait until something is so; raises AssertionError after the limit."""
-    deadline = time.monotonic() + limit_seconds
-    while not met():
-        assert time.monotonic() < deadline, f"not within {limit_seconds:g} s: {what}"
-        time.sleep(0.1)

@@ -14,7 +14,8 @@ import pytest
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from backing import Mosquitto, free_port
-from tests.load.locust_process import Locust, until
+from tests.load.locust_process import LIMIT_SECONDS, Locust
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +48,7 @@ def subscriber(host: str, port: int, topic: str) -> Iterator[set[tuple[str, int]
     granted: list[Any] = []
     client.on_subscribe = lambda *arguments: granted.append(arguments)
     client.subscribe(topic, 1)
-    until("it is subscribed", lambda: bool(granted), 20)
+    wait_until(lambda: bool(granted), "it is subscribed", 20)
     yield seen
     client.disconnect()
     client.loop_stop()
@@ -57,7 +58,7 @@ def test_a_device_may_have_any_descriptor(mosquitto: Mosquitto, tmp_path: Path) 
     # A select() would end at 1023.
     arguments = ("--host", mosquitto.url, "-u", "1100", "-r", "550", "--connect-rate", "1000")
     with Locust(tmp_path, *arguments, "--interval", "5", "--watch", "3") as locust:
-        until("all have connected", lambda: " 1100 connected" in locust.log(), 120)
+        wait_until(lambda: " 1100 connected" in locust.log(), "all have connected", 120)
         locust.finish()
     figures = locust.figures()["the rig"]
     assert figures["highest_descriptor"] > 1023
@@ -78,11 +79,11 @@ def test_workers_share_the_devices_and_ctrl_c_leaves_everything(
         subscriber(mosquitto.host, mosquitto.port, "things/+/shadow/update") as seen,
         Locust(tmp_path, *arguments, "-u", "40", "-r", "40", "--interval", "0.5") as locust,
     ):
-        until("all have published", lambda: len({device for device, _ in seen}) == 40, 120)
+        wait_until(lambda: len({device for device, _ in seen}) == 40, "all have published", 120)
         assert locust.finish() == 0
         acknowledged = locust.acknowledged()
         wanted = {(device, each) for device in acknowledged for each in acknowledged[device]}
-        until("what was acknowledged arrives", lambda: wanted <= seen)
+        wait_until(lambda: wanted <= seen, "what was acknowledged arrives", LIMIT_SECONDS)
     assert len(list(tmp_path.glob("journal.*"))) == 2
     assert len(acknowledged) == 40, "no two devices have the same number"
     for name in STATISTICS:
@@ -117,7 +118,7 @@ def test_sigterm_leaves_the_report_too(mosquitto: Mosquitto, tmp_path: Path) -> 
         subscriber(mosquitto.host, mosquitto.port, "things/+/shadow/update") as seen,
         Locust(tmp_path, *arguments) as locust,
     ):
-        until("all publish", lambda: len({device for device, _ in seen}) == 5)
+        wait_until(lambda: len({device for device, _ in seen}) == 5, "all publish", LIMIT_SECONDS)
         locust.interrupt(signal.SIGTERM)
         locust.wait()
     assert locust.figures()["the rig"]["connects"] == 5
@@ -151,7 +152,7 @@ def test_the_page_starts_and_stops_a_run(mosquitto: Mosquitto, tmp_path: Path) -
                 return b"Locust" in page("/")
             return False
 
-        until("the page answers", answers)
+        wait_until(answers, "the page answers", LIMIT_SECONDS)
         assert b"devices_per_worker" in page("/"), "the rig's options are on the page"
         # What the page says counts, not what the command line said.
         started = page("/swarm", user_count="6", spawn_rate="6", host=mosquitto.url, watch="2")
@@ -161,11 +162,15 @@ def test_the_page_starts_and_stops_a_run(mosquitto: Mosquitto, tmp_path: Path) -
             entries = json.loads(page("/stats/requests"))["stats"]
             return {one["name"]: one["num_requests"] for one in entries}
 
-        until("updates are answered", lambda: found().get("publish to PUBACK", 0) > 10)
+        wait_until(
+            lambda: found().get("publish to PUBACK", 0) > 10, "updates are answered", LIMIT_SECONDS
+        )
         assert found()["connect"] == 6
         assert found()["subscribe"] == 2
         page("/stop", now="yes")
-        until("it says what it thinks of itself", lambda: "bottleneck" in locust.log())
+        wait_until(
+            lambda: "bottleneck" in locust.log(), "it says what it thinks of itself", LIMIT_SECONDS
+        )
         locust.finish()
     assert locust.figures()["the rig"]["connected"] == 0
 
@@ -177,10 +182,10 @@ def test_publish_to_durable_is_measured_where_the_service_acknowledges(
     arguments = ("--host", mosquitto.url, "-u", "5", "-r", "5", "--interval", "0.2")
     observe = ("--observe", f"{mosquitto.host}:{mosquitto.port}", "--observe-port", str(port))
     with Locust(tmp_path, *arguments, *observe) as locust:
-        until("it listens", lambda: f":{port}" in locust.log())
+        wait_until(lambda: f":{port}" in locust.log(), "it listens", LIMIT_SECONDS)
         # Whoever acknowledges stands for the service.
         with subscriber("127.0.0.1", port, "things/+/shadow/update") as seen:
-            until("updates arrive", lambda: len(seen) > 20)
+            wait_until(lambda: len(seen) > 20, "updates arrive", LIMIT_SECONDS)
             locust.finish()
     found = locust.statistics("publish to durable")
     assert found["num_requests"] > 20

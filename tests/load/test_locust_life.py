@@ -25,9 +25,10 @@ from load.locust.pace import Schedule
 from load.locust.wire import Address, Wire
 from load.websocket import WebSocketClient
 from tests.certificates import LOCAL, Authority
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.timeout(60)
@@ -138,13 +139,6 @@ def life_of(world: World, name: str, *, listens: bool = True, **given: Any) -> L
     return Life(3, device, topic, world, transport="WS" if websocket else "TCP", listens=listens)
 
 
-def until(what: str, met: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while not met():
-        assert time.monotonic() < deadline, f"not within {LIMIT_SECONDS:g} s: {what}"
-        time.sleep(0.01)
-
-
 @contextlib.contextmanager
 def living(world: World, life: Life) -> Iterator[None]:
     """Let it live in a thread; then stop it as Locust does, and let it leave."""
@@ -168,15 +162,7 @@ def living(world: World, life: Life) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def mosquitto() -> Iterator[Mosquitto]:
     with Mosquitto(websockets=True) as broker:
-        # It waits for the first of its listeners alone.
-        until("WebSocket is served", lambda: accepts(broker.host, broker.websockets_port))
         yield broker
-
-
-def accepts(host: str, port: int | None) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((host, port or 0), 1):
-        return True
-    return False
 
 
 @pytest.mark.parametrize("transport", ["ws", "mqtt"])
@@ -185,7 +171,11 @@ def test_a_device_publishes_and_measures_until_it_is_told_to_leave(
 ) -> None:
     world = World(mosquitto.websockets_url if transport == "ws" else mosquitto.url)
     with living(world, life_of(world, unique)):
-        until("20 arrived", lambda: min(len(world.answers), world.times(SUBSCRIBER)) >= 20)
+        wait_until(
+            lambda: min(len(world.answers), world.times(SUBSCRIBER)) >= 20,
+            "20 arrived",
+            LIMIT_SECONDS,
+        )
     assert set(world.answers) == {one.sequence for one in world.made}, "it waits for the last acks"
     assert set(world.answers.values()) == {0}
     assert world.lost == []
@@ -201,12 +191,14 @@ def test_a_lost_connection_is_counted_once_and_waited_for_with_full_jitter(uniqu
     with Mosquitto(websockets=True) as broker:
         world = World(broker.websockets_url)
         with living(world, life_of(world, unique)):
-            until("it publishes", lambda: len(world.answers) >= 3)
+            wait_until(lambda: len(world.answers) >= 3, "it publishes", LIMIT_SECONDS)
             broker.kill()
-            until("it was refused twice", lambda: len(world.errors(CONNECT)) >= 2)
+            wait_until(
+                lambda: len(world.errors(CONNECT)) >= 2, "it was refused twice", LIMIT_SECONDS
+            )
             broker.start()
             before = len(world.made)
-            until("it publishes again", lambda: len(world.answers) > before + 3)
+            wait_until(lambda: len(world.answers) > before + 3, "it publishes again", LIMIT_SECONDS)
     assert len(world.errors(LOST)) == 1
     assert world.counts["connected"] == 2
     assert len(world.waits) == 1 + len(world.errors(CONNECT))
@@ -220,12 +212,12 @@ def test_what_has_no_puback_when_the_connection_breaks_has_failed(unique: str) -
     with Mosquitto() as broker:
         world = World(broker.url)
         with living(world, life_of(world, unique, listens=False)):
-            until("it publishes", lambda: len(world.answers) >= 2)
+            wait_until(lambda: len(world.answers) >= 2, "it publishes", LIMIT_SECONDS)
             broker.pause()
             held = len(world.made) + 3
-            until("some have no answer", lambda: len(world.made) >= held)
+            wait_until(lambda: len(world.made) >= held, "some have no answer", LIMIT_SECONDS)
             broker.kill()
-            until("the connection is lost", lambda: bool(world.errors(LOST)))
+            wait_until(lambda: bool(world.errors(LOST)), "the connection is lost", LIMIT_SECONDS)
     assert len(world.lost) >= 2
     assert set(world.lost) == {one.sequence for one in world.made} - set(world.answers)
     assert world.errors(PUBACK) == ["connection lost before PUBACK"] * len(world.lost)
@@ -236,13 +228,13 @@ def test_no_more_are_on_their_way_than_allowed(unique: str) -> None:
     with Mosquitto() as broker:
         world = World(broker.url, interval_seconds=0.01)
         with living(world, life_of(world, unique, listens=False)):
-            until("it publishes", lambda: len(world.answers) >= 2)
+            wait_until(lambda: len(world.answers) >= 2, "it publishes", LIMIT_SECONDS)
             broker.pause()
-            until("it holds back", lambda: world.counts["skipped"] >= 5)
+            wait_until(lambda: world.counts["skipped"] >= 5, "it holds back", LIMIT_SECONDS)
             assert len(world.made) - len(world.answers) <= world.max_in_flight
             broker.resume()
             before = len(world.made)
-            until("it goes on", lambda: len(world.answers) > before)
+            wait_until(lambda: len(world.answers) > before, "it goes on", LIMIT_SECONDS)
     assert world.lost == []
 
 
@@ -251,11 +243,11 @@ def test_a_device_that_the_storm_takes_goes_without_a_word_and_comes_back(
 ) -> None:
     world = World(mosquitto.url)
     with living(world, life_of(world, unique, listens=False)):
-        until("it publishes", lambda: len(world.answers) >= 2)
+        wait_until(lambda: len(world.answers) >= 2, "it publishes", LIMIT_SECONDS)
         world.plan = Schedule(0.05, 0.0, stage=1, drop_share=1.0)
-        until("it is back", lambda: world.counts["connected"] == 2)
+        wait_until(lambda: world.counts["connected"] == 2, "it is back", LIMIT_SECONDS)
         before = len(world.made)
-        until("it publishes again", lambda: len(world.answers) > before + 3)
+        wait_until(lambda: len(world.answers) > before + 3, "it publishes again", LIMIT_SECONDS)
     assert world.counts["dropped"] == 1, "once as the stage begins, and not again in it"
     assert world.errors(LOST) == []
     assert len(world.waits) == 1
@@ -265,7 +257,9 @@ def test_a_refusal_is_a_failed_connect_with_its_reason(unique: str) -> None:
     with Mosquitto(users={"other": "secret"}) as broker:
         world = World(broker.url)
         with living(world, life_of(world, unique, username="other", password=b"wrong")):
-            until("it was refused twice", lambda: len(world.errors(CONNECT)) >= 2)
+            wait_until(
+                lambda: len(world.errors(CONNECT)) >= 2, "it was refused twice", LIMIT_SECONDS
+            )
     assert set(world.errors(CONNECT)) == {"connack not authorized"}
     assert world.counts["failed"] >= 2
     assert world.counts["connected"] == 0
