@@ -318,9 +318,10 @@ class Life:
         packet_id, data = self._device.publish(self._topic, payload, around.qos)
         if packet_id:
             self._open[packet_id] = made
+        # Before it is sent: what breaks on its way out is one that was published and has no answer.
+        around.published(self, made, late_seconds=now - due)
         wire.send(data)
         self._next_ping = now + self._ping_seconds
-        around.published(self, made, late_seconds=now - due)
 
     # ------------------------------------------------------------------ what comes
 
