@@ -81,6 +81,9 @@ _VERIFY_NAME = 1 | 4
 _MAX_SHAPES = 16
 _MAX_SHAPE_ROWS = 200
 
+_NUMBER = re.compile(r"\d+")
+_DRIVER_LEVELS = {"CRITICAL": "error", "ERROR": "error", "WARN": "warning"}
+
 
 class _Uncancelled(asyncio.Task[Any]):
     """A connect of the driver, which ends by its time-outs alone.
@@ -91,10 +94,6 @@ class _Uncancelled(asyncio.Task[Any]):
 
     def cancel(self, msg: Any | None = None) -> bool:  # noqa: ARG002 - its only argument
         return False
-
-
-_NUMBER = re.compile(r"\d+")
-_DRIVER_LEVELS = {"CRITICAL": "error", "ERROR": "error", "WARN": "warning"}
 
 
 class CassandraStore:
