@@ -140,6 +140,10 @@ class Service:
             self.metrics,
             in_doubt=lambda: bool(self.health.store_error or self.pipeline.failing),
         )
+        self.store.direct.login_retry_seconds = (
+            limits.login_retry_min_seconds,
+            limits.login_retry_max_seconds,
+        )
         driver.pace_logins(limits.login_retry_min_seconds, limits.login_retry_max_seconds)
         self.connection.subscribed_again = self._subscribed_again
         self.pause = Pause(
@@ -191,6 +195,8 @@ class Service:
             log_lines_dropped=logs.dropped_lines,
             not_ready=lambda: self.health.by_reason,
             pause_left_seconds=lambda: self.pause.status.left_seconds,
+            direct_connections=lambda: self.store.direct.connections,
+            batches=lambda: self.store.batches,
         )
         self._http: http.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -279,7 +285,10 @@ class Service:
             await self._until_it_works("migration", self._migrate)
         await self._until_it_works("cassandra", self._connect_store)
         await self._until_it_works("clock", self._check_clock)
-        self.topology.start(self.settings.cassandra, on_change=self._topology_changed)
+        self.topology.start(
+            self.settings.cassandra,
+            on_change=functools.partial(self._topology_changed, asyncio.get_running_loop()),
+        )
         self.health.store_connected = True
         async with asyncio.TaskGroup() as group:
             group.create_task(self.connection.run(), name="mqtt connection")
@@ -438,8 +447,10 @@ class Service:
         gc_grace = await self.store.gc_grace_seconds()
         self.decoder.limits.max_age_us = max_age_us(gc_grace)
 
-    def _topology_changed(self, snapshot: Snapshot) -> None:
+    def _topology_changed(self, loop: asyncio.AbstractEventLoop, snapshot: Snapshot) -> None:
         """Follow the ring; called from the topology's thread (one attribute is swapped)."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends
+            loop.call_soon_threadsafe(self.store.follow, snapshot)
         self.batcher.group = None if snapshot.single else snapshot.group
         if self.adopter is not None:
             self.adopter.pipeline.batcher.group = self.batcher.group

@@ -180,6 +180,8 @@ class Exposition(Page):
         log_lines_dropped: Callable[[], int],
         not_ready: Callable[[], Mapping[str, bool]] = dict,
         pause_left_seconds: Callable[[], float] = float,
+        direct_connections: Callable[[], int] = int,
+        batches: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         super().__init__()
         self._metrics = metrics
@@ -191,6 +193,8 @@ class Exposition(Page):
         self._log_lines_dropped = log_lines_dropped
         self._not_ready = not_ready
         self._pause_left_seconds = pause_left_seconds
+        self._direct_connections = direct_connections
+        self._batches = batches
 
     def collect(self) -> Iterator[Metric]:
         """Yield every family; called by the registry."""
@@ -248,16 +252,24 @@ class Exposition(Page):
             "Rejected messages acknowledged without a row: too many of one device.",
             metrics.dead_letters_suppressed,
         )
+        yield _counters(
+            "batches_sent", "Batches of shadows, by the way that they took.", "way", self._batches()
+        )
+        yield _gauge(
+            "direct_connections",
+            "Own connections to replicas that batches can take; without one they go by the driver.",
+            self._direct_connections(),
+        )
         yield _histogram("batch_partitions", "Devices in a batch.", metrics.batch_partitions)
         yield _histogram(
-            "write_seconds", "One request, from the driver's call to its answer.",
+            "write_seconds", "One request, from the call to its answer.",
             metrics.write_seconds,
         )  # fmt: skip
         yield _counters("write_errors", "Requests that failed.", "kind", metrics.write_errors)
         yield _counters("write_retries", "Requests sent again.", "kind", metrics.write_retries)
         yield _counter("batches_split", "Refused batches planned again.", metrics.batches_split)
-        yield _gauge("writes_in_flight", "Requests at the driver.", self._flights.in_flight)
-        yield _gauge("writes_limit", "Requests allowed at the driver.", self._flights.concurrency)
+        yield _gauge("writes_in_flight", "Requests at Cassandra.", self._flights.in_flight)
+        yield _gauge("writes_limit", "Requests allowed at Cassandra.", self._flights.concurrency)
         yield _counters(
             "writes_limit_changes", "Changes of that limit.", "reason", metrics.window_changes
         )

@@ -291,6 +291,11 @@ class Cassandra(_Section):
         description="Size of one batch at most, in bytes. Cassandra warns above its "
         "`batch_size_warn_threshold` (5 KiB) and refuses above `batch_size_fail_threshold`.",
     )
+    direct: bool = Field(
+        default=True,
+        description="Send batches of shadows over connections of the service's own, which costs "
+        "less; false: by the driver, as all else.",
+    )
     linger_seconds: float = Field(
         default=0.005,
         ge=0,

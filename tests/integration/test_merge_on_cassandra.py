@@ -17,6 +17,7 @@ from shadowsvc.shadow.topic import TopicParser
 from shadowsvc.shadow.update import Update
 from shadowsvc.store.cassandra import CassandraStore
 from shadowsvc.store.deadletter import DeadLetter
+from tests.direct import connect_directly
 from tests.keyspaces import settings_of
 from tests.property.cassandra_model import Partition, Row
 
@@ -106,14 +107,21 @@ def expected(shape: list[Any]) -> tuple[list[Row], tuple[int, int] | None]:
     return partition.rows(), partition.updated_at()
 
 
-@pytest.fixture(scope="module")
-def table(cassandra: backing.Database, migrated: str) -> Iterator[Table]:
+@pytest.fixture(scope="module", params=["direct", "driver"])
+def table(
+    request: pytest.FixtureRequest, cassandra: backing.Database, migrated: str
+) -> Iterator[Table]:
+    """By each of the two ways that a batch can take."""
+    way: str = request.param
     settings = settings_of(cassandra, migrated, request_timeout_seconds=30).cassandra
     made = CassandraStore(settings, dead_letter_ttl_seconds=3600)
     with asyncio.Runner() as runner, cassandra.session() as session:
         runner.run(made.connect())
+        if way == "direct":
+            runner.run(connect_directly(made))
         yield Table(runner, made, session)
         runner.run(made.close())
+        assert made.batches[way] == sum(made.batches.values()) > 0
     # acsylla never closes the socket pairs of a cluster, and a collected socket is a warning.
     _KEPT.append(made._cluster)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import ssl
@@ -13,11 +14,13 @@ import pytest
 
 import backing
 from backing import ListenerTls, Mosquitto
+from shadowsvc.credentials import load
 from shadowsvc.errors import StoreUnavailable
 from shadowsvc.settings import Cassandra
 from shadowsvc.store import driver
 from shadowsvc.store.cassandra import CassandraStore
 from tests.certificates import LOCAL, Authority
+from tests.direct import one_node
 from tests.oracle import Oracle
 from tests.service import ServiceProcess, variables
 
@@ -187,6 +190,13 @@ def test_rows_arrive_over_tls_and_login_at_cassandra(
             oracle.update("lamp", {"reported": {"on": True}})
             oracle.wait_taken()
             oracle.wait_right()
+            service.wait_until(
+                lambda: service.metrics().total("direct_connections") == 1, "logged in directly"
+            )
+            oracle.update("lamp", {"reported": {"on": False}})
+            oracle.wait_taken()
+            oracle.wait_right()
+            assert service.metrics().total("batches_sent_total", way="direct") >= 1
             assert service.terminate() == 0
         refused = {**wanted, "SHADOWSVC_CASSANDRA__PASSWORD": "wrong-secret"}
         with ServiceProcess(refused, tmp_path / "log-refused") as service:
@@ -308,3 +318,26 @@ def test_a_cassandra_that_cannot_be_trusted_is_not_read_from(
             assert listener.heard == b""
             assert caught.value.kind == "tls"
         assert "planted-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", KINDS)
+@pytest.mark.parametrize("server", SERVERS)
+async def test_a_cassandra_that_cannot_be_trusted_gets_no_direct_connection(
+    server: str, host: str, certificates: Authority, tmp_path: Path
+) -> None:
+    made, ca = server_of(server, host, certificates, tmp_path)
+    with made as listener:
+        settings = cassandra_at(host, listener.port, ca)
+        store = CassandraStore(settings, dead_letter_ttl_seconds=60)
+        store.direct.use(load("cassandra", settings))
+        store.follow(one_node("127.0.0.1", listener.port, host))
+        async with asyncio.timeout(20):
+            while listener.accepted < 2:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.01)
+        assert store.direct.connections == 0
+        await store.close()
+    if server in ("right", "right for this kind of contact point"):
+        assert listener.heard.startswith(b"\x04\x00\x00")  # a request, and no login before one
+        assert b"planted-secret" not in listener.heard
+    else:
+        assert listener.heard == b""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from cassandra import metadata as driver_metadata
@@ -21,7 +21,7 @@ from backing import CassandraCluster
 from shadowsvc.config import Cassandra, Settings
 from shadowsvc.store import driver
 from shadowsvc.store.migrate import migrate
-from shadowsvc.store.topology import UNKNOWN, Snapshot, Topology, snapshot_of, token_of
+from shadowsvc.store.topology import UNKNOWN, Replica, Snapshot, Topology, snapshot_of, token_of
 from tests.keyspaces import settings_of
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(120)
 
 DEVICES = [f"device-{number}" for number in range(300)] + ["", "é", "😀", "a" * 1000]
+REPLICAS = st.sampled_from([Replica(f"10.0.0.{number}", 9042, "name") for number in (1, 2, 3)])
 MURMUR3 = "org.apache.cassandra.dht.Murmur3Partitioner"
 
 
@@ -59,7 +60,7 @@ def ring(
 
 @given(
     st.lists(
-        st.tuples(st.integers(-(2**63), 2**63 - 1), st.frozensets(st.integers(1, 3), max_size=2)),
+        st.tuples(st.integers(-(2**63), 2**63 - 1), st.frozensets(REPLICAS, max_size=2)),
         min_size=1,
         max_size=20,
         unique_by=lambda item: item[0],
@@ -67,7 +68,7 @@ def ring(
     st.text(max_size=5),
 )
 def test_a_group_is_the_replica_set_of_the_first_token_that_is_not_smaller(
-    ranges: list[tuple[int, frozenset[int]]], device: str
+    ranges: list[tuple[int, frozenset[Replica]]], device: str
 ) -> None:
     snapshot = Snapshot.build(ranges, 3)
     token = token_of(device)
@@ -77,6 +78,7 @@ def test_a_group_is_the_replica_set_of_the_first_token_that_is_not_smaller(
     assert Topology(snapshot).group(device) == snapshot.group(device)
     assert snapshot.distinct == len(numbers)
     assert snapshot.single == (len(numbers) == 1)
+    assert snapshot.replicas[snapshot.group(device)] == tuple(sorted(owner))
 
 
 @pytest.mark.parametrize(
@@ -95,13 +97,15 @@ def test_devices_of_one_group_have_the_same_local_replicas_and_others_have_not(
     topology = Topology(snapshot)
     assert snapshot.nodes == nodes["dc1"]
     assert not topology.single
-    replicas_of: dict[int, frozenset[Any]] = {}
+    replicas_of: dict[int, frozenset[str]] = {}
     for device in DEVICES:
         replicas = frozenset(
-            host.host_id
+            host.address
             for host in metadata.get_replicas("ks", device.encode())
             if host.datacenter == "dc1"
         )
+        directly = snapshot.replicas[topology.group(device)]
+        assert {replica.address for replica in directly} == replicas
         assert replicas_of.setdefault(topology.group(device), replicas) == replicas
     assert len(set(replicas_of.values())) == len(replicas_of)
     assert set(replicas_of) <= set(range(snapshot.distinct))
@@ -110,7 +114,8 @@ def test_devices_of_one_group_have_the_same_local_replicas_and_others_have_not(
 @pytest.mark.parametrize("nodes", [1, 2, 3])
 def test_with_as_many_replicas_as_nodes_there_is_one_group(nodes: int) -> None:
     snapshot = snapshot_of(ring({"dc1": nodes, "dc2": 5}, {"dc1": 3, "dc2": 2}), "ks", "dc1")
-    assert snapshot == Snapshot(single=True, tokens=(), groups=(0,), distinct=1, nodes=nodes)
+    here = tuple(Replica(f"10.0.0.{at + 1}", 9042, f"10.0.0.{at + 1}") for at in range(nodes))
+    assert snapshot == Snapshot(True, (), (0,), distinct=1, nodes=nodes, replicas=(here,))
     assert {Topology(snapshot).group(device) for device in DEVICES} == {0}
 
 

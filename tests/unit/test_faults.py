@@ -8,14 +8,32 @@ import re
 
 import pytest
 from acsylla import errors as driver_errors
+from cassandra.protocol import error_classes
 
 from shadowsvc.errors import SchemaBehind, StoreRefused, StoreUnavailable
-from shadowsvc.store.faults import FAULTS, UNKNOWN_KIND, Fault, fault_of, kind_of, mapped
+from shadowsvc.store.faults import (
+    FAULTS,
+    SERVER_ERRORS,
+    UNKNOWN_KIND,
+    Fault,
+    answered,
+    fault_of,
+    kind_of,
+    mapped,
+)
 
 OF_THE_DRIVER = {
     name: one
     for name, one in inspect.getmembers(driver_errors, inspect.isclass)
     if issubclass(one, Exception)
+}
+
+NAMED_OTHERWISE = {
+    "ProtocolError": "ProtocolException",
+    "SyntaxError": "SyntaxException",
+    "InvalidQuery": "InvalidRequest",
+    "ConfigError": "ConfigurationException",
+    "Unprepared": "PreparedQueryNotFound",
 }
 
 
@@ -109,3 +127,29 @@ def test_a_value_that_the_driver_cannot_bind_is_a_refusal() -> None:
 def test_ours_stay_as_they_are() -> None:
     ours = StoreUnavailable("a", "b")
     assert mapped(ours) is ours
+
+
+@pytest.mark.parametrize(("code", "name"), SERVER_ERRORS.items())
+def test_an_answer_of_the_server_means_what_the_driver_says_of_it(code: int, name: str) -> None:
+    ours, theirs = answered(code, "what happened"), mapped(made(name, "what happened"))
+    assert (type(ours), ours.kind, str(ours)) == (type(theirs), theirs.kind, str(theirs))
+    assert (ours.overload, ours.doubtful) == (theirs.overload, theirs.doubtful)
+
+
+def test_codes_are_those_of_the_protocol() -> None:
+    of_the_server = {name for name in OF_THE_DRIVER if name.startswith("CassErrorServer")}
+    assert set(SERVER_ERRORS.values()) == of_the_server
+    # cassandra-driver has the same list under names of its own.
+    for code, name in SERVER_ERRORS.items():
+        word = name.removeprefix("CassErrorServer")
+        assert error_classes[code].__name__.startswith(NAMED_OTHERWISE.get(word, word))
+
+
+def test_an_answer_that_the_table_does_not_have_is_an_outage() -> None:
+    ours = answered(0x4711, "x")
+    assert isinstance(ours, StoreUnavailable)
+    assert ours.kind == UNKNOWN_KIND
+
+
+def test_an_invalid_query_about_a_table_that_is_gone_is_about_the_schema() -> None:
+    assert isinstance(answered(0x2200, "unconfigured table shadow"), SchemaBehind)

@@ -1,7 +1,8 @@
-"""The data plane: shadows and dead letters into Cassandra, by acsylla.
+"""The data plane: shadows and dead letters into Cassandra.
 
 Lives here: the only use of acsylla, prepared statements, and the making of one request from a
-batch; what the driver's errors mean stands in `store.faults`. Rules: a call returns only after
+batch. Batches of shadows go by `store.direct` where it has a connection, by acsylla else, as all
+the rest does. What errors mean stands in `store.faults`. Rules: a call returns only after
 Cassandra confirmed the write at the configured consistency; times go with each statement (`USING
 TIMESTAMP ?`), never with a batch, so a repetition writes the same cells again; text is bound as
 bytes without U+0000 (the driver binds C strings); the driver retries nothing by itself; no more
@@ -11,6 +12,7 @@ than `MAX_IN_FLIGHT` requests are at it. Must not come in: retrying, planning, a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ from shadowsvc.credentials import load, system_authorities
 from shadowsvc.errors import CredentialsUnusable, StoreUnavailable
 from shadowsvc.shadow.merge import merge
 from shadowsvc.shadow.update import Update
+from shadowsvc.store.direct import Direct, Unprepared
 from shadowsvc.store.endpoints import by_name
 from shadowsvc.store.faults import mapped
 from shadowsvc.store.migrate import SELECT_VERSIONS, verify
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from shadowsvc.credentials import Credentials
     from shadowsvc.shadow.update import Mutations
     from shadowsvc.store.deadletter import DeadLetter
+    from shadowsvc.store.topology import Snapshot
 
 __all__ = ["PROBE_DEVICE", "CassandraStore"]
 
@@ -51,11 +55,9 @@ _SECTION = "WHERE device = ? AND shadow = ? AND section = ?"
 # Nothing of a device is ever part of a statement's text.
 # ruff: noqa: S608
 # Tables are named with their keyspace: the server warns of prepared statements that are not.
-_WRITE_USUAL = _WRITE + _USUAL
-_WRITE_USUAL_HEARD = _WRITE_HEARD + _USUAL
-_STATEMENTS = {
-    "write_usual": _WRITE_USUAL,
-    "write_usual_heard": _WRITE_USUAL_HEARD,
+_SHADOW_STATEMENTS = {
+    "write_usual": _WRITE + _USUAL,
+    "write_usual_heard": _WRITE_HEARD + _USUAL,
     "write": _WRITE + _ANY,
     "write_heard": _WRITE_HEARD + _ANY,
     "heard": "UPDATE {keyspace}.shadow USING TIMESTAMP ? SET updated_at = ? WHERE device = ?",
@@ -64,6 +66,9 @@ _STATEMENTS = {
     + _SECTION
     + " AND path >= ? AND path < ?",
     "delete_section": "DELETE FROM {keyspace}.shadow USING TIMESTAMP ? " + _SECTION,
+}
+_STATEMENTS = {
+    **_SHADOW_STATEMENTS,
     "read_reported": "SELECT path, value, WRITETIME(value) AS time_us FROM {keyspace}.shadow "
     "WHERE device = ? AND shadow = ? AND section = 'reported'",
     "dead_letter": "INSERT INTO {keyspace}.dead_letter (bucket, shard, received_at, id, "
@@ -77,9 +82,6 @@ _STATEMENTS = {
 # SSLVerifyFlags.PEER_IDENTITY has the value of PEER_CERT.
 _VERIFY_ADDRESS = 1 | 2
 _VERIFY_NAME = 1 | 4
-
-_MAX_SHAPES = 16
-_MAX_SHAPE_ROWS = 200
 
 _NUMBER = re.compile(r"\d+")
 _DRIVER_LEVELS = {"CRITICAL": "error", "ERROR": "error", "WARN": "warning"}
@@ -112,6 +114,7 @@ class CassandraStore:
         self._ttl = dead_letter_ttl_seconds
         self._timeout = settings.request_timeout_seconds
         self._credentials = credentials
+        self._in_use = credentials
         self._connecting = asyncio.Lock()
         # Of all who use this store together; each has a window of its own below it.
         self._places = asyncio.Semaphore(MAX_IN_FLIGHT)
@@ -123,9 +126,15 @@ class CassandraStore:
         self._connect: _Uncancelled | None = None
         self._execute_batch: Any = None
         self._statements: dict[str, Any] = {}
-        # (updates, leaves of each) → the whole batch as one prepared statement; None: being made.
-        self._shapes: dict[tuple[int, int], Any] = {}
-        self._preparing: set[asyncio.Task[None]] = set()
+        self.direct = Direct(
+            settings,
+            {
+                name: text.format(keyspace=settings.keyspace)
+                for name, text in _SHADOW_STATEMENTS.items()
+            },
+        )
+        self.batches = {"direct": 0, "driver": 0}
+        """Batches of shadows, by the way that they took."""
 
     @property
     def connected(self) -> bool:
@@ -164,8 +173,6 @@ class CassandraStore:
                 await session.close()
                 raise
             old = self._session
-            for task in self._preparing:
-                task.cancel()
             self._use(session, statements)
             self._retiring = asyncio.create_task(self._retire(old), name="retire session")
 
@@ -179,6 +186,7 @@ class CassandraStore:
                 raise StoreUnavailable("tls", str(error)) from None
         if self._cluster is None:
             self._cluster = _cluster(self.settings)
+        self._in_use = credentials
         authorities = None
         if self.settings.tls:
             authorities = credentials.ca or await asyncio.to_thread(system_authorities)
@@ -205,7 +213,7 @@ class CassandraStore:
         self._session = session
         self._execute_batch = session.execute_batch
         self._statements = statements
-        self._shapes = {}
+        self.direct.use(self._in_use)
 
     async def _retire(self, session: Any) -> None:
         """Close a session when every request on it has ended, by its time-out at the latest."""
@@ -226,100 +234,43 @@ class CassandraStore:
             await asyncio.wait([self._connect])
             if self._connect.exception() is None and self._connect.result() is not self._session:
                 await self._connect.result().close()
-        tasks = [*self._preparing, *([] if self._retiring is None else [self._retiring])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._retiring is not None:
+            self._retiring.cancel()
+            await asyncio.wait([self._retiring])
+        await self.direct.close()
         session, self._session = self._session, None
         self._statements = {}
-        self._shapes = {}
         if session is not None:
             await session.close()
+
+    def follow(self, snapshot: Snapshot) -> None:
+        """Send batches directly to the replicas that this ring names."""
+        if self.settings.direct:
+            self.direct.follow(snapshot)
 
     async def write(self, mutations: Sequence[Mutations | Update]) -> None:
         """Write, durably at the configured consistency, what is to be written for some devices.
 
-        One unlogged batch; several, one after the other, when they exceed
-        `max_request_bytes`. Raises `StoreUnavailable` or `StoreRefused`: then any part of it may
-        have been written, and writing it again is safe.
+        One unlogged batch, to be of one replica set. Raises `StoreUnavailable` or `StoreRefused`:
+        then any part of it may have been written, and writing it again is safe.
         """
         try:
-            execute, request = self.build(mutations)
+            wire = self.direct.wire_for(mutations[0].device)
+            if wire is not None:
+                with contextlib.suppress(Unprepared):
+                    await wire.write(mutations)
+                    self.batches["direct"] += 1
+                    return
+            self.batches["driver"] += 1
+            batch = acsylla.create_batch_unlogged(timeout=self._timeout)
+            self._fill(
+                (merge((part,)) if isinstance(part, Update) else part for part in mutations),
+                batch.add_statement,
+            )
             async with self._places:
-                await execute(request)
+                await self._execute_batch(batch)
         except Exception as error:
             raise mapped(error) from error
-
-    def build(self, mutations: Sequence[Mutations | Update]) -> tuple[Any, Any]:
-        """Return what `write` awaits, and with what: the first half of a write."""
-        prepared = self._shape(mutations)
-        if prepared is not None:
-            return self._session.execute, self._bind_shape(prepared, mutations)
-        batch = acsylla.create_batch_unlogged(timeout=self._timeout)
-        self._fill(
-            (merge((part,)) if isinstance(part, Update) else part for part in mutations),
-            batch.add_statement,
-        )
-        return self._execute_batch, batch
-
-    def _shape(self, mutations: Sequence[Mutations | Update]) -> Any:
-        """Return the prepared statement that is the whole of this batch, if there is one.
-
-        A full batch of usual updates with the same number of leaves is the same CQL every time.
-        Prepared as one statement it costs two thirds of the same rows as statements of their own.
-        There are few such shapes: the server keeps each, so their number and size are bounded.
-        """
-        leaves = 0
-        for mutation in mutations:
-            if not isinstance(mutation, Update) or not mutation.is_usual:
-                return None
-            if leaves != mutation.desired_from:
-                if leaves:
-                    return None
-                leaves = mutation.desired_from
-        shape = len(mutations), leaves
-        prepared = self._shapes.get(shape)
-        if prepared is None and shape not in self._shapes:
-            self._want_shape(shape)
-        return prepared
-
-    def _want_shape(self, shape: tuple[int, int]) -> None:
-        """Prepare a shape in the background, if it is worth it; until then there are batches."""
-        updates, leaves = shape
-        if (
-            updates != self.settings.batch_max_partitions
-            or updates * leaves > _MAX_SHAPE_ROWS
-            or len(self._shapes) >= _MAX_SHAPES
-        ):
-            return
-        self._shapes[shape] = None
-
-        async def prepare() -> None:
-            rows = [_WRITE_USUAL_HEARD, *[_WRITE_USUAL] * (leaves - 1)] * updates
-            text = f"BEGIN UNLOGGED BATCH {'; '.join(rows)}; APPLY BATCH"
-            try:
-                self._shapes[shape] = await self._session.create_prepared(
-                    text.format(keyspace=self.settings.keyspace), timeout=self._timeout
-                )
-            except Exception as error:  # noqa: BLE001 - batches of statements do the same work
-                self._shapes.pop(shape, None)
-                _log.info("shape not prepared", error=str(error), limit_by="shape")
-
-        task = asyncio.create_task(prepare(), name=f"prepare {updates} x {leaves}")
-        self._preparing.add(task)
-        task.add_done_callback(self._preparing.discard)
-
-    def _bind_shape(self, prepared: Any, updates: Any) -> Any:
-        values: list[Any] = []
-        for update in updates:
-            time_us = update.time_us
-            device = update.device
-            paths = update.paths
-            leaves = update.values
-            values += (time_us, leaves[0], _stamp(time_us), device, paths[0])
-            for at in range(1, len(paths)):
-                values += (time_us, leaves[at], device, paths[at])
-        return prepared.bind(values, None, None, self._timeout)
 
     async def write_in_parts(
         self, mutations: Mutations, on_part: Callable[[], None] | None = None

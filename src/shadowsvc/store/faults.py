@@ -1,10 +1,11 @@
-"""What each error of the data plane's driver means: the one table.
+"""What each error of the data plane means: the one table.
 
 Lives here: the meaning of every exception class of acsylla, by the class's name (only
-`store.cassandra` may import the driver), and the making of our errors from the driver's. Rules: a
-name stands in exactly one group, and a test compares the table with the library; what is not in the
-table is an outage, since an outage never costs data; a metric label comes from the table, so that
-their number is bounded. Must not come in: retrying, splitting, acks.
+`store.cassandra` may import the driver), of every error code of CQL's protocol, by the class that
+acsylla has for it, and the making of our errors from both. Rules: a name stands in exactly one
+group, and a test compares the table with the library; what is not in the table is an outage, since
+an outage never costs data; a metric label comes from the table, so that their number is bounded.
+Must not come in: retrying, splitting, acks.
 
 | Group | Meaning | What `writers` does |
 |---|---|---|
@@ -23,7 +24,18 @@ from enum import Enum
 
 from shadowsvc.errors import SchemaBehind, StoreError, StoreRefused, StoreUnavailable
 
-__all__ = ["FAULTS", "UNKNOWN_KIND", "Fault", "fault_of", "kind_of", "mapped"]
+__all__ = [
+    "FAULTS",
+    "SERVER_ERRORS",
+    "UNKNOWN_KIND",
+    "UNPREPARED",
+    "Fault",
+    "answered",
+    "failed",
+    "fault_of",
+    "kind_of",
+    "mapped",
+]
 
 UNKNOWN_KIND = "unknown"
 """The label of an error that the table does not have."""
@@ -142,6 +154,31 @@ _GROUPS: dict[Fault, tuple[str, ...]] = {
 FAULTS: dict[str, Fault] = {name: fault for fault, names in _GROUPS.items() for name in names}
 """The group of each class, by its name."""
 
+UNPREPARED = 0x2500
+"""The server does not know the id of a prepared statement (any more)."""
+
+SERVER_ERRORS: dict[int, str] = {
+    0x0000: "CassErrorServerServerError",
+    0x000A: "CassErrorServerProtocolError",
+    0x0100: "CassErrorServerBadCredentials",
+    0x1000: "CassErrorServerUnavailable",
+    0x1001: "CassErrorServerOverloaded",
+    0x1002: "CassErrorServerIsBootstrapping",
+    0x1003: "CassErrorServerTruncateError",
+    0x1100: "CassErrorServerWriteTimeout",
+    0x1200: "CassErrorServerReadTimeout",
+    0x1300: "CassErrorServerReadFailure",
+    0x1400: "CassErrorServerFunctionFailure",
+    0x1500: "CassErrorServerWriteFailure",
+    0x2000: "CassErrorServerSyntaxError",
+    0x2100: "CassErrorServerUnauthorized",
+    0x2200: "CassErrorServerInvalidQuery",
+    0x2300: "CassErrorServerConfigError",
+    0x2400: "CassErrorServerAlreadyExists",
+    UNPREPARED: "CassErrorServerUnprepared",
+}
+"""The class of each error code (`native_protocol_v4.spec` §9)."""
+
 # An InvalidQuery that says so is about the schema: an outage until someone migrates.
 _SCHEMA_WORDS = ("unconfigured table", "does not exist", "unknown identifier", "undefined column")
 
@@ -177,13 +214,26 @@ def mapped(error: Exception) -> StoreError:
     """Return ours for a driver's error; ours stay as they are."""
     if isinstance(error, StoreError):
         return error
-    name = type(error).__name__
-    text = f"{name}: {error}" if str(error) else name
-    fault = fault_of(error)
-    kind = kind_of(error)
+    return _made(type(error).__name__, str(error), fault_of(error), kind_of(error))
+
+
+def answered(code: int, message: str) -> StoreError:
+    """Return ours for an ERROR of the server; one that the table does not have is an outage."""
+    name = SERVER_ERRORS.get(code)
+    if name is None:
+        return StoreUnavailable(UNKNOWN_KIND, f"error {code:#06x}: {message}")
+    return failed(name, message)
+
+
+def failed(name: str, message: str) -> StoreError:
+    """Return ours for what the table has under `name`."""
+    return _made(name, message, FAULTS[name], _KINDS[name])
+
+
+def _made(name: str, message: str, fault: Fault, kind: str) -> StoreError:
+    text = f"{name}: {message}" if message else name
     if fault is Fault.REFUSED:
-        message = str(error).lower()
-        if any(words in message for words in _SCHEMA_WORDS):
+        if any(words in message.lower() for words in _SCHEMA_WORDS):
             return SchemaBehind(f"{text}: run `shadowsvc migrate`")
         return StoreRefused(kind, text)
     if name == "CassErrorLibUnableToSetKeyspace":

@@ -37,12 +37,20 @@ if TYPE_CHECKING:
 
     from shadowsvc.settings import Cassandra
 
-__all__ = ["UNKNOWN", "Snapshot", "Topology", "snapshot_of"]
+__all__ = ["UNKNOWN", "Replica", "Snapshot", "Topology", "snapshot_of"]
 
 _log = structlog.get_logger(__name__)
 
 _MINIMUM = -(1 << 63)
 _MAXIMUM = (1 << 63) - 1
+
+
+class Replica(NamedTuple):
+    """Where a node answers CQL, and the name that its certificate has to have."""
+
+    address: str
+    port: int
+    name: str
 
 
 class Snapshot(NamedTuple):
@@ -51,7 +59,7 @@ class Snapshot(NamedTuple):
     `single` tells that all tokens share one replica set, so that every group is 0. `tokens` are the
     upper ends of the ranges, ascending, neighbours of one group joined; `groups` has one entry
     more, for what wraps around. `distinct` counts the groups, `nodes` the nodes of the local data
-    centre; both are 0 while nothing is known.
+    centre; both are 0 while nothing is known. `replicas` has those of each group, sorted.
     """
 
     single: bool
@@ -59,14 +67,15 @@ class Snapshot(NamedTuple):
     groups: tuple[int, ...]
     distinct: int
     nodes: int
+    replicas: tuple[tuple[Replica, ...], ...] = ()
 
     @classmethod
-    def build(cls, ranges: Iterable[tuple[int, frozenset[Any]]], nodes: int) -> Snapshot:
+    def build(cls, ranges: Iterable[tuple[int, frozenset[Replica]]], nodes: int) -> Snapshot:
         """Make it from `(upper end, replicas)` of every range of the ring, ascending.
 
         Groups are numbered by first appearance, so the same ring gives the same numbers.
         """
-        numbers: dict[frozenset[Any], int] = {}
+        numbers: dict[frozenset[Replica], int] = {}
         tokens: list[int] = []
         groups: list[int] = []
         for token, replicas in ranges:
@@ -76,10 +85,11 @@ class Snapshot(NamedTuple):
             else:
                 tokens.append(token)
                 groups.append(group)
+        members = tuple(tuple(sorted(replicas)) for replicas in numbers)
         if len(numbers) <= 1:
-            return cls(True, (), (0,), len(numbers), nodes)
+            return cls(True, (), (0,), len(numbers), nodes, members)
         groups.append(groups[0])
-        return cls(False, tuple(tokens), tuple(groups), len(numbers), nodes)
+        return cls(False, tuple(tokens), tuple(groups), len(numbers), nodes, members)
 
     def group(self, device: str) -> int:
         """Return the group of `device`'s partition: 0 up to, not including, `distinct`."""
@@ -112,14 +122,20 @@ def snapshot_of(metadata: Any, keyspace: str, local_dc: str) -> Snapshot:
         or keyspace not in metadata.keyspaces
     ):
         return UNKNOWN._replace(nodes=nodes)
-    ranges: list[tuple[int, frozenset[Any]]] = []
+    ranges: list[tuple[int, frozenset[Replica]]] = []
     for token in token_map.ring:
         replicas = token_map.get_replicas(keyspace, token)
-        local = frozenset(host.host_id for host in replicas if host.datacenter == local_dc)
+        local = frozenset(_replica(host) for host in replicas if host.datacenter == local_dc)
         ranges.append((token.value, local))
     if not any(replicas for _, replicas in ranges):
         return UNKNOWN._replace(nodes=nodes)
     return Snapshot.build(ranges, nodes)
+
+
+def _replica(host: Any) -> Replica:
+    endpoint = host.endpoint
+    name = (endpoint.ssl_options or {}).get("server_hostname", endpoint.address)
+    return Replica(endpoint.address, endpoint.port, name)
 
 
 class Topology:
