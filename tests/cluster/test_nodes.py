@@ -59,6 +59,12 @@ class Rig:
             lambda: self.total("updates_durable_total") >= goal, f"{more} more are durable", 120
         )
 
+    def wait_direct(self, nodes: int) -> None:
+        """Wait until so many nodes have an own connection."""
+        wait_until(
+            lambda: self.total("direct_connections") == nodes, f"{nodes} connections", UP_SECONDS
+        )
+
     def wait_pings(self, more: int) -> None:
         """Wait until the service has sent so many more pings."""
         goal = self.pings.count + more
@@ -113,8 +119,11 @@ def rig(
 def test_a_node_that_is_killed_and_comes_back_costs_nothing(rig: Rig) -> None:
     node = rig.cluster.nodes[2]
     with Load(rig.oracle, "one-down", count=200, burst=5):
+        rig.wait_direct(3)
         rig.wait_durable(300)
         node.kill()
+        rig.wait_direct(2)
+        by_the_driver = rig.total("batches_sent_total", way="driver")
         rig.wait_durable(400)
         wait_until(
             lambda: nodes_up(rig.oracle.session) == 2, "the node is seen to be down", UP_SECONDS
@@ -124,7 +133,10 @@ def test_a_node_that_is_killed_and_comes_back_costs_nothing(rig: Rig) -> None:
         assert rig.service.live()
         node.start(START_SECONDS)
         wait_until(lambda: nodes_up(rig.oracle.session) == 3, "the node is back", UP_SECONDS)
+        rig.wait_direct(3)
         rig.wait_durable(400)
+        # Two replicas are left to every batch.
+        assert rig.total("batches_sent_total", way="driver") == by_the_driver
     rig.oracle.wait_taken()
     rig.oracle.wait_right(60)
     rig.check_never_left()

@@ -134,6 +134,7 @@ def every_event() -> Exposition:
         without_device_time=lambda: 0,
         log_lines_dropped=lambda: 0,
         not_ready=lambda: {"wedged": True},
+        batches=lambda: {"direct": 1, "driver": 1},
     )
 
 
