@@ -21,7 +21,6 @@ from shadowsvc.errors import StoreRefused, StoreUnavailable
 from shadowsvc.shadow.update import Update
 from shadowsvc.store import frames
 from shadowsvc.store.cassandra import CassandraStore
-from shadowsvc.store.topology import Replica, Snapshot
 from tests.direct import connect_directly, one_node, wait_connections
 from tests.keyspaces import cells, settings_of
 from tests.unit.reading_frames import response
@@ -129,26 +128,6 @@ async def test_without_an_answer_it_is_overload_and_the_connection_is_made_anew(
     await setup.by("direct")
 
 
-async def test_a_late_answer_is_nobodys_and_its_stream_serves_again(setup: Setup) -> None:
-    wire = setup.store.direct.wire_for("any")
-    assert wire is not None
-    free = len(wire._free)
-    setup.proxy.delay(TIMEOUT_SECONDS * 1.5, Direction.TO_CLIENT)
-
-    async def write_later(seconds: float) -> None:
-        await asyncio.sleep(seconds)
-        await setup.write()
-
-    # Answers of the first come in time to tell that the connection lives when the others end.
-    results = await asyncio.gather(
-        *(write_later(0.2 * at) for at in range(10)), return_exceptions=True
-    )
-    assert all(isinstance(result, StoreUnavailable) for result in results[:3])
-    setup.proxy.heal()
-    await until(lambda: wire.in_flight == 0)
-    assert len(wire._free) == free
-
-
 async def test_a_lost_connection_ends_what_was_on_it_and_comes_back(setup: Setup, cql: Any) -> None:
     setup.proxy.hold(Direction.TO_CLIENT)
     write = asyncio.create_task(setup.write())
@@ -235,21 +214,6 @@ async def test_a_node_that_left_the_ring_gets_nothing_more(setup: Setup) -> None
     await wait_connections(setup.store, 1)
     await until(lambda: setup.proxy.connections == 0)
     await setup.by("direct")
-
-
-async def test_a_batch_goes_to_the_least_busy_of_its_replicas(setup: Setup) -> None:
-    port = setup.store.settings.port
-    both = [Replica("127.0.0.1", at, "127.0.0.1") for at in (port, setup.proxy.port)]
-    setup.store.follow(Snapshot.build([(0, frozenset(both))], 2))
-    await wait_connections(setup.store, 2)
-    setup.proxy.hold(Direction.TO_CLIENT)
-    held = [asyncio.create_task(setup.write()) for _ in range(2)]  # the second to the other
-    await asyncio.wait(held, return_when=asyncio.FIRST_COMPLETED)
-    assert [write.done() for write in held].count(True) == 1
-    for _ in range(10):
-        await setup.by("direct")
-    setup.proxy.heal()
-    await asyncio.gather(*held)
 
 
 async def test_other_credentials_make_other_connections_and_end_the_old_ones(

@@ -12,7 +12,6 @@ than `MAX_IN_FLIGHT` requests are at it. Must not come in: retrying, planning, a
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import time
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ import acsylla
 import structlog
 
 from shadowsvc.credentials import load, system_authorities
-from shadowsvc.errors import CredentialsUnusable, StoreUnavailable
+from shadowsvc.errors import CredentialsUnusable, StoreError, StoreUnavailable
 from shadowsvc.shadow.merge import merge
 from shadowsvc.shadow.update import Update
 from shadowsvc.store.direct import Direct, Unprepared
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from shadowsvc.credentials import Credentials
     from shadowsvc.shadow.update import Mutations
     from shadowsvc.store.deadletter import DeadLetter
+    from shadowsvc.store.direct import Wire
     from shadowsvc.store.topology import Snapshot
 
 __all__ = ["PROBE_DEVICE", "CassandraStore"]
@@ -134,7 +134,7 @@ class CassandraStore:
             },
         )
         self.batches = {"direct": 0, "driver": 0}
-        """Batches of shadows, by the way that they took."""
+        """Batches of shadows that were sent, by the way that they took."""
 
     @property
     def connected(self) -> bool:
@@ -256,11 +256,8 @@ class CassandraStore:
         """
         try:
             wire = self.direct.wire_for(mutations[0].device)
-            if wire is not None:
-                with contextlib.suppress(Unprepared):
-                    await wire.write(mutations)
-                    self.batches["direct"] += 1
-                    return
+            if wire is not None and await self._write_directly(wire, mutations):
+                return
             self.batches["driver"] += 1
             batch = acsylla.create_batch_unlogged(timeout=self._timeout)
             self._fill(
@@ -269,8 +266,22 @@ class CassandraStore:
             )
             async with self._places:
                 await self._execute_batch(batch)
+        except StoreError:
+            raise
         except Exception as error:
             raise mapped(error) from error
+
+    async def _write_directly(self, wire: Wire, mutations: Sequence[Mutations | Update]) -> bool:
+        """Write by an own connection; False if the driver has to, since nothing was written."""
+        try:
+            await wire.write(mutations)
+        except Unprepared:
+            return False
+        except StoreError:
+            self.batches["direct"] += 1
+            raise
+        self.batches["direct"] += 1
+        return True
 
     async def write_in_parts(
         self, mutations: Mutations, on_part: Callable[[], None] | None = None

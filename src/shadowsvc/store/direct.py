@@ -8,7 +8,9 @@ the loss of its connection, and is never sent twice from here; times go with eac
 blocks the loop. Must not come in: retrying, planning, acks, the meaning of errors (`store.faults`).
 
 A connection is left when a request had no answer in time and nothing else was heard since, and
-made again with full jitter. A login that was refused is tried again after a long wait.
+made again with full jitter. One login is tried at a time; one that was refused is tried again after
+a long wait, whatever the node, since servers lock accounts. A node that answers with an error gets
+nothing for a while, as long as another replica can take it: who fails fast would be the least busy.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import contextlib
 import re
 import socket
 import ssl
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +49,14 @@ _HEARTBEAT_SECONDS = 5.0
 _KEEPALIVE_SECONDS = 15
 _RECONNECT_MIN_SECONDS = 0.2
 _RECONNECT_MAX_SECONDS = 2.0
+_PREPARE_MAX_SECONDS = 10.0
 _STEADY_SECONDS = 5.0
 """A connection that lived for so long is no sign of a server that drops each at once."""
+_DOUBT_SECONDS = 1.0
+"""For so long a node that failed comes after all others."""
+_LATE_SECONDS = 0.1
+_GRACE_SECONDS = 0.05
+"""A time-out that comes so late tells of this process, which may have answers to read first."""
 _NUMBER = re.compile(r"\d+")
 
 
@@ -67,8 +76,10 @@ class Wire(asyncio.Protocol):
         self.name = name
         self.usable = False
         """Whether batches may be sent."""
-        self.ended = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """Done when nothing more is to be sent; says why."""
+        self.doubted_until = 0.0
+        """Until when other connections are to be preferred, by the monotonic clock."""
         self._timeout = timeout_seconds
         self._loop = asyncio.get_running_loop()
         self._answers = frames.Answers()
@@ -78,10 +89,19 @@ class Wire(asyncio.Protocol):
         # stream → (when it was sent, who waits), oldest first.
         self._waiting: dict[int, tuple[float, asyncio.Future[tuple[int, bytes]]]] = {}
         self._overdue: set[int] = set()
-        self._heard = self._loop.time()
+        # Not the loop's clock: uvloop's counts whole milliseconds.
+        self._heard = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        self._in_grace = False
+        self._retiring = False
         self._transport: Any = None
         self._body: frames.BatchBody | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is left of it."""
+        return self._transport is None
 
     @property
     def in_flight(self) -> int:
@@ -97,10 +117,11 @@ class Wire(asyncio.Protocol):
                 raise failed("CassErrorServerBadCredentials", "a login is needed")
             login = frames.plain_login(username, password.get_secret_value())
             opcode, body = await self._ask(frames.AUTH_RESPONSE, login)
-            expected = frames.AUTH_SUCCESS
-        else:
-            expected = frames.READY
-        if opcode != expected:
+            if opcode != frames.AUTH_SUCCESS:
+                # Whatever it is, a challenge too, asking again at once would not help.
+                why = self._unexpected(opcode, body)
+                raise failed("CassErrorServerBadCredentials", str(why))
+        elif opcode != frames.READY:
             raise self._unexpected(opcode, body)
 
     async def prepare(self, statements: Mapping[str, str], consistency: int) -> None:
@@ -115,7 +136,7 @@ class Wire(asyncio.Protocol):
             except frames.BadAnswer as error:
                 raise failed("CassErrorLibUnexpectedResponse", str(error)) from None
         self._body = frames.BatchBody(known, consistency)
-        self.usable = True
+        self.usable = not self.ended.done()
 
     async def write(self, mutations: Sequence[Mutations | Update]) -> None:
         """Write one unlogged batch. Raises `StoreError`, `ValueError` or `Unprepared`."""
@@ -127,24 +148,41 @@ class Wire(asyncio.Protocol):
             if error.kind == _FORGOTTEN:
                 self.usable = False
                 raise Unprepared
+            if isinstance(error, StoreUnavailable):
+                self._doubt()
             raise error
 
     async def beat(self) -> None:
-        """Ask for anything, so that a connection that is dead is found. Raises `StoreError`."""
-        await self._ask(frames.OPTIONS, b"")
+        """Ask for anything if nothing was heard, so that a connection that is dead is found."""
+        if time.monotonic() - self._heard >= _HEARTBEAT_SECONDS:
+            # What its failure means, `_expire` and `connection_lost` say.
+            with contextlib.suppress(StoreError):
+                await self._ask(frames.OPTIONS, b"")
 
     def _ask(self, opcode: int, body: bytes) -> asyncio.Future[tuple[int, bytes]]:
         future = self._loop.create_future()
-        if not self._free or self._transport is None:
+        if self._transport is None:
+            future.set_exception(self._lost())
+            return future
+        if not self._free:
             future.set_exception(failed("CassErrorLibNoStreams", f"none is free at {self.name}"))
+            if not self._waiting:
+                self.retire("it owes too many answers")
             return future
         stream = self._free.popleft()
-        now = self._loop.time()
+        now = time.monotonic()
         self._waiting[stream] = now, future
         if self._timer is None:
-            self._timer = self._loop.call_at(now + self._timeout, self._expire)
+            self._due = now + self._timeout
+            self._timer = self._loop.call_later(self._timeout, self._expire)
         self._transport.write(frames.frame(stream, opcode, body))
         return future
+
+    def _doubt(self) -> None:
+        self.doubted_until = time.monotonic() + _DOUBT_SECONDS
+
+    def _lost(self) -> StoreError:
+        return failed("CassExceptionConnectionError", f"the connection to {self.name} was lost")
 
     def _unexpected(self, opcode: int, body: bytes) -> StoreError:
         if opcode == frames.ERROR:
@@ -157,16 +195,24 @@ class Wire(asyncio.Protocol):
     def _expire(self) -> None:
         """Give up what was sent too long ago; leave a connection on which nothing is heard."""
         self._timer = None
-        now = self._loop.time()
+        now = time.monotonic()
+        if now - self._due > _LATE_SECONDS and not self._in_grace:
+            self._in_grace = True
+            self._timer = self._loop.call_later(_GRACE_SECONDS, self._expire)
+            return
+        self._in_grace = False
         deaf = False
         while self._waiting:
             stream, (sent, future) = next(iter(self._waiting.items()))
-            if now - sent < self._timeout:
-                self._timer = self._loop.call_at(sent + self._timeout, self._expire)
+            left = sent + self._timeout - now
+            if left > 0:
+                self._due = now + left
+                self._timer = self._loop.call_later(left, self._expire)
                 break
             del self._waiting[stream]
             self._overdue.add(stream)
             deaf = deaf or self._heard < sent
+            self._doubt()
             if not future.done():
                 future.set_exception(
                     failed("CassErrorLibRequestTimedOut", f"no answer of {self.name} in time")
@@ -177,8 +223,9 @@ class Wire(asyncio.Protocol):
     def retire(self, why: str) -> None:
         """Send nothing more, and close it when what was sent has been answered or timed out."""
         self._end(why)
+        self._retiring = True
         if self._waiting:
-            self._loop.call_later(self._timeout, self.abort)
+            self._loop.call_later(self._timeout + _LATE_SECONDS, self.abort)
         else:
             self.abort()
 
@@ -202,7 +249,7 @@ class Wire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Hand each answer to who waits for it."""
-        self._heard = self._loop.time()
+        self._heard = time.monotonic()
         try:
             answers = self._answers.take(data)
         except frames.BadAnswer as error:
@@ -227,6 +274,8 @@ class Wire(asyncio.Protocol):
                 self.abort()
                 return
             self._free.append(stream)
+        if self._retiring and not waiting:
+            self.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         """Tell everybody who waits: what becomes of their requests nobody knows."""
@@ -234,12 +283,12 @@ class Wire(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        why = f"the connection to {self.name} was lost"
         for _, future in self._waiting.values():
             if not future.done():
-                future.set_exception(failed("CassExceptionConnectionError", why))
+                future.set_exception(self._lost())
         self._waiting.clear()
-        self._end(why if error is None else f"{why}: {error}")
+        self._overdue.clear()
+        self._end("it was lost" if error is None else f"it was lost: {error}")
 
 
 _FORGOTTEN = answered(UNPREPARED, "").kind
@@ -262,6 +311,12 @@ class Direct:
         self._snapshot: Snapshot | None = None
         self._nodes: dict[Replica, _Node] = {}
         self._groups: list[list[_Node]] = []
+        self._leaving: set[Wire] = set()
+        self._turn = 0
+        self._closed = False
+        self._logging_in = asyncio.Lock()
+        self._refusals = 0
+        self._no_login_before = 0.0
 
     @property
     def connections(self) -> int:
@@ -270,39 +325,76 @@ class Direct:
 
     def use(self, credentials: Credentials | None) -> None:
         """Log in with these from now on; connections by others end when their requests have."""
+        if self._closed:
+            return
         self._credentials = credentials
+        self._refusals = 0
+        self._no_login_before = 0.0
         replicas = list(self._nodes)
         for replica in replicas:
-            self._nodes.pop(replica).end()
+            self._end(self._nodes.pop(replica))
         for replica in replicas:
             self._nodes[replica] = self._node(replica)
         self._regroup()
 
     def follow(self, snapshot: Snapshot) -> None:
         """Keep a connection to every replica of this ring, and to no other node."""
+        if self._closed:
+            return
         self._snapshot = snapshot
         wanted = {replica for replicas in snapshot.replicas for replica in replicas}
         for replica in [replica for replica in self._nodes if replica not in wanted]:
-            self._nodes.pop(replica).end()
+            self._end(self._nodes.pop(replica))
         for replica in wanted - set(self._nodes):
             self._nodes[replica] = self._node(replica)
         self._regroup()
 
     def wire_for(self, device: str) -> Wire | None:
-        """Return the least busy connection to a replica of a device, or None: by the driver."""
+        """Return the least busy connection to a replica of a device, or None: by the driver.
+
+        Those in doubt come last, and those that are alike take turns.
+        """
         groups = self._groups
         if not groups or self._snapshot is None:
             return None
+        nodes = groups[self._snapshot.group(device)]
+        self._turn = turn = self._turn + 1
         best = None
-        fewest = _MAX_STREAMS
-        for node in groups[self._snapshot.group(device)]:
-            wire = node.wire
-            if wire is not None and wire.usable and (in_flight := wire.in_flight) < fewest:
-                best, fewest = wire, in_flight
+        least = 0
+        for at in range(len(nodes)):
+            wire = nodes[(turn + at) % len(nodes)].wire
+            if wire is None or not wire.usable:
+                continue
+            cost = wire.in_flight
+            if wire.doubted_until and time.monotonic() < wire.doubted_until:
+                cost += _MAX_STREAMS
+            if best is None or cost < least:
+                best, least = wire, cost
         return best
 
+    @property
+    def login_wait_seconds(self) -> float:
+        """How long no login may be tried."""
+        return max(0.0, self._no_login_before - time.monotonic())
+
+    async def log_in(self, wire: Wire, credentials: Credentials) -> None:
+        """Log in, one after the other. Raises `StoreError`, at once while it is too early."""
+        async with self._logging_in:
+            if (seconds := self.login_wait_seconds) > 0:
+                raise failed("CassErrorServerBadCredentials", f"not tried for {seconds:.0f} s")
+            try:
+                await wire.log_in(credentials)
+            except StoreError as error:
+                if error.kind == _LOGIN_REFUSED:
+                    self._refusals += 1
+                    wait = login_wait_seconds(self._refusals, *self.login_retry_seconds)
+                    self._no_login_before = time.monotonic() + wait
+                raise
+            self._refusals = 0
+
     async def close(self) -> None:
-        """Close every connection at once; await every write before."""
+        """Close every connection at once and for good; await every write before."""
+        self._closed = True
         nodes = list(self._nodes.values())
         self._nodes.clear()
         self._groups.clear()
@@ -310,10 +402,23 @@ class Direct:
             node.task.cancel()
             if node.wire is not None:
                 node.wire.abort()
+        for wire in self._leaving:
+            wire.abort()
         await asyncio.gather(*(node.task for node in nodes), return_exceptions=True)
 
+    def _end(self, node: _Node) -> None:
+        node.task.cancel()
+        if node.wire is not None:
+            self.leave(node.wire, "it is needed no more")
+
+    def leave(self, wire: Wire, why: str) -> None:
+        """Close a connection when its requests have ended."""
+        self._leaving = {one for one in self._leaving if not one.closed}
+        self._leaving.add(wire)
+        wire.retire(why)
+
     def _node(self, replica: Replica) -> _Node:
-        return _Node(replica, self, self._settings, self._credentials)
+        return _Node(replica, self._settings, self.statements, self._credentials, self)
 
     def _regroup(self) -> None:
         if self._snapshot is not None:
@@ -329,75 +434,63 @@ class _Node:
     def __init__(
         self,
         replica: Replica,
-        owner: Direct,
         settings: Cassandra,
+        statements: Mapping[str, str],
         credentials: Credentials | None,
+        owner: Direct,
     ) -> None:
         self.wire: Wire | None = None
+        self._owner = owner
         self._replica = replica
         self._name = f"{replica.address}:{replica.port}"
-        self._owner = owner
         self._settings = settings
+        self._statements = statements
         self._credentials = credentials
         self.task = asyncio.create_task(self._run(), name=f"direct {self._name}")
 
-    def end(self) -> None:
-        """Connect no more, and close what there is when its requests have ended."""
-        self.task.cancel()
-        if self.wire is not None:
-            self.wire.retire("it is needed no more")
-
     async def _run(self) -> None:
-        failures = refusals = 0
+        failures = 0
         while True:
-            started = asyncio.get_running_loop().time()
-            why = ""
+            connected = None
             try:
-                self.wire = await self._connect()
-                _log.info("direct connection", node=self._name)
-                refusals = 0
-                why = await self._watch(self.wire)
+                wire = await self._connect()
+                connected = time.monotonic()
+                why = await self._serve(wire)
             except StoreError as error:
                 why = str(error)
-                if error.kind == _LOGIN_REFUSED:
-                    refusals += 1
+            except Exception as error:  # noqa: BLE001 - this is a shorter way, it must not end for good
+                why = repr(error)
             if self.wire is not None:
-                self.wire.retire(why)
+                self._owner.leave(self.wire, why)
                 self.wire = None
-            steady = asyncio.get_running_loop().time() - started > _STEADY_SECONDS
+            steady = connected and time.monotonic() - connected > _STEADY_SECONDS
             failures = 1 if steady else failures + 1
             _log.warning(
-                "no direct connection: batches go by the driver",
+                "no direct connection: batches go by another replica or by the driver",
                 node=self._name,
                 error=why,
                 limit_by=f"direct {self._name}",
             )
-            if refusals:
-                seconds = login_wait_seconds(refusals, *self._owner.login_retry_seconds)
-            else:
-                seconds = wait_seconds(failures, _RECONNECT_MIN_SECONDS, _RECONNECT_MAX_SECONDS)
-            await asyncio.sleep(seconds)
+            seconds = wait_seconds(failures, _RECONNECT_MIN_SECONDS, _RECONNECT_MAX_SECONDS)
+            await asyncio.sleep(max(seconds, self._owner.login_wait_seconds))
 
     async def _connect(self) -> Wire:
-        """Return a connection that can be used. Raises `StoreError`."""
+        """Return a connection that is logged in. Raises `StoreError` and whatever a name causes."""
         settings, replica = self._settings, self._replica
-        loop = asyncio.get_running_loop()
         wire = Wire(self._name, settings.request_timeout_seconds)
         credentials = self._credentials
         if credentials is None or (settings.tls and credentials.context is None):
             raise StoreUnavailable("tls", "there are no credentials")
         try:
             async with asyncio.timeout(settings.connect_timeout_seconds):
-                await loop.create_connection(
+                await asyncio.get_running_loop().create_connection(
                     lambda: wire,
                     replica.address,
                     replica.port,
                     ssl=credentials.context if settings.tls else None,
                     server_hostname=replica.name if settings.tls else None,
                 )
-                await wire.log_in(credentials)
-                consistency = frames.CONSISTENCIES[settings.consistency]
-                await wire.prepare(self._owner.statements, consistency)
+            await self._owner.log_in(wire, credentials)
         except TimeoutError:
             wire.abort()
             raise failed("CassErrorLibUnableToConnect", "it took too long") from None
@@ -407,22 +500,49 @@ class _Node:
         except OSError as error:
             wire.abort()
             raise failed("CassErrorLibUnableToConnect", str(error)) from None
+        except StoreError as error:
+            if not wire.ended.done():
+                wire.abort()
+                raise
+            raise StoreUnavailable(error.kind, wire.ended.result()) from None
         except BaseException:
             wire.abort()
             raise
         return wire
 
-    async def _watch(self, wire: Wire) -> str:
-        """Return why the connection ended. Prepares again what the server forgot."""
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_HEARTBEAT_SECONDS):
-                    return str(await asyncio.shield(wire.ended))
+    async def _serve(self, wire: Wire) -> str:
+        """Return why the connection ended; until then prepare statements, see that it lives."""
+        self.wire = wire
+        refusals = 0
+        pause = 0.0
+        consistency = frames.CONSISTENCIES[self._settings.consistency]
+        while not await _ends_within(pause, wire):
             if wire.usable:
+                refusals = 0
                 await wire.beat()
+                pause = _HEARTBEAT_SECONDS
+                continue
+            try:
+                await wire.prepare(self._statements, consistency)
+            except StoreError as error:
+                # No schema yet, or no grant: the login need not be made again for that.
+                _log.warning(
+                    "batches can't be prepared: they go by the driver",
+                    node=self._name,
+                    error=str(error),
+                    limit_by=f"prepare {self._name}",
+                )
+                refusals += 1
+                pause = wait_seconds(refusals, _RECONNECT_MIN_SECONDS, _PREPARE_MAX_SECONDS)
             else:
-                consistency = frames.CONSISTENCIES[self._settings.consistency]
-                await wire.prepare(self._owner.statements, consistency)
+                _log.info("direct connection", node=self._name)
+                pause = _HEARTBEAT_SECONDS
+        return wire.ended.result()
+
+
+async def _ends_within(seconds: float, wire: Wire) -> bool:
+    await asyncio.wait([wire.ended], timeout=seconds)
+    return wire.ended.done()
 
 
 _LOGIN_REFUSED = failed("CassErrorServerBadCredentials", "").kind
