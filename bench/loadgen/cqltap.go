@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
-	"log"
 	"net"
 	"sync"
 )
@@ -39,21 +38,11 @@ type cqlTapped struct {
 }
 
 func (t *cqlTap) serve(listener net.Listener) {
-	for {
-		service, err := listener.Accept()
-		if err != nil {
-			return
-		}
-		server, err := net.Dial("tcp", t.cassandra)
-		if err != nil {
-			log.Printf("the tap found no Cassandra: %v", err)
-			_ = service.Close()
-			continue
-		}
+	bridge(listener, t.cassandra, func(service, server *socket) {
 		c := &cqlTapped{cqlTap: t, pending: map[uint16][]int64{}}
 		go pass(service, server, 0, c.fromService)
 		go pass(server, service, 0, c.fromCassandra)
-	}
+	})
 }
 
 // frame splits off the first frame of data; size is 0 while it is not whole.

@@ -21,13 +21,18 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
 const (
-	chunk       = 50
+	chunk = 50
+	// Readers wait in the kernel, and each keeps one of Go's processors for a while: with as many as
+	// there are cores, one that comes back would often find none.
+	processors  = 8
 	injectLimit = 10 * time.Minute
 )
 
@@ -39,6 +44,7 @@ type generator struct {
 	sequence   int64
 	turn       int
 	room       chan struct{}
+	wakeAt     atomic.Int64 // how many must be durable before there is room for a chunk
 	events     *json.Encoder
 	telling    sync.Mutex
 	late       []int32 // µs by which a paced update was late, once for each waking
@@ -64,6 +70,7 @@ func main() {
 	every := flag.Duration("every", 0, "tell how far it is so often while measuring; 0: never")
 	flag.Parse()
 	log.SetFlags(0)
+	runtime.GOMAXPROCS(processors)
 	if *publishTo == "" {
 		*publishTo = *broker
 	}
@@ -102,6 +109,9 @@ func run(
 		rest:       rest,
 		subscribed: func(level byte) { subscribed <- level },
 		onDurable: func() {
+			if g.tap.durable.Load() < g.wakeAt.Load() {
+				return
+			}
 			select {
 			case g.room <- struct{}{}:
 			default:
@@ -121,6 +131,7 @@ func run(
 		}
 		g.publishers = append(g.publishers, p)
 	}
+	go count(g.publishers)
 	g.tell(event{"event": "listening", "address": listener.Addr().String(), "cassandra": cassandra})
 	level := <-subscribed
 	for range services - 1 {
@@ -243,11 +254,14 @@ func (g *generator) progress(every time.Duration) {
 
 // saturate publishes a chunk whenever there is room for one in the window.
 func (g *generator) saturate(until time.Time) error {
-	for now := time.Now(); now.Before(until) && !g.interrupted(); now = time.Now() {
-		if g.sequence-g.tap.durable.Load() > g.window-chunk {
+	over := time.After(time.Until(until))
+	for time.Now().Before(until) && !g.interrupted() {
+		g.wakeAt.Store(g.sequence - g.window + chunk)
+		if g.tap.durable.Load() < g.wakeAt.Load() {
 			select {
 			case <-g.room:
-			case <-time.After(time.Until(until)):
+			case <-over:
+				return nil
 			}
 			continue
 		}

@@ -5,7 +5,8 @@ import (
 	"sync"
 )
 
-// An outbox is a connection whose Write never waits: what the other end does not read yet lies here.
+// An outbox is a connection whose Write never waits: what the kernel takes goes at once, what the other
+// end does not read yet lies here.
 // It stands towards the broker alone. mosquitto reads one packet of each connection in a turn of its
 // loop, however many there are, and turns the slower the more WebSocket connections it has.
 //
@@ -16,33 +17,40 @@ import (
 //
 // Towards a service there must be none: a service that reads no more presses back on its broker.
 type outbox struct {
-	net.Conn
+	*socket
 	mutex   sync.Mutex
 	some    *sync.Cond
 	waiting []byte
+	going   bool // something that lay here is being written, and comes first
 	closed  bool
 	failed  error
 }
 
-func newOutbox(to net.Conn) *outbox {
-	o := &outbox{Conn: to}
+func newOutbox(to *socket) *outbox {
+	o := &outbox{socket: to}
 	o.some = sync.NewCond(&o.mutex)
 	go o.deliver()
 	return o
 }
 
-// Write keeps a copy of data; the error is that of an earlier one, which could not be written.
+// Write keeps a copy of what cannot go; the error may be that of an earlier one.
 func (o *outbox) Write(data []byte) (int, error) {
 	o.mutex.Lock()
 	defer o.mutex.Unlock()
+	if o.failed == nil && o.closed {
+		return 0, net.ErrClosed
+	}
+	gone := 0
+	if o.failed == nil && !o.going && len(o.waiting) == 0 {
+		gone, o.failed = o.offer(data)
+	}
 	if o.failed != nil {
 		return 0, o.failed
 	}
-	if o.closed {
-		return 0, net.ErrClosed
+	if gone < len(data) {
+		o.waiting = append(o.waiting, data[gone:]...)
+		o.some.Signal()
 	}
-	o.waiting = append(o.waiting, data...)
-	o.some.Signal()
 	return len(data), nil
 }
 
@@ -56,22 +64,25 @@ func (o *outbox) Close() error {
 }
 
 func (o *outbox) deliver() {
-	defer o.Conn.Close()
-	var going []byte
+	defer o.socket.Close()
+	var data []byte
+	o.mutex.Lock()
+	defer o.mutex.Unlock()
 	for {
-		o.mutex.Lock()
 		for len(o.waiting) == 0 && !o.closed {
 			o.some.Wait()
 		}
-		going, o.waiting = o.waiting, going[:0]
-		o.mutex.Unlock()
-		if len(going) == 0 {
+		if len(o.waiting) == 0 || o.failed != nil {
 			return
 		}
-		if _, err := o.Conn.Write(going); err != nil {
-			o.mutex.Lock()
+		data, o.waiting = o.waiting, data[:0]
+		o.going = true
+		o.mutex.Unlock()
+		_, err := o.socket.Write(data)
+		o.mutex.Lock()
+		o.going = false
+		if err != nil {
 			o.failed = err
-			o.mutex.Unlock()
 			return
 		}
 	}

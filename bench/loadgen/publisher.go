@@ -1,10 +1,9 @@
 package main
 
 import (
-	"bufio"
 	"fmt"
 	"io"
-	"net"
+	"slices"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -39,6 +38,8 @@ type document struct {
 // (room): a write that waited for a broker that does not read would know of no end.
 type publisher struct {
 	to      io.Writer
+	from    *socket
+	in      []byte
 	sent    int64
 	acked   atomic.Int64
 	payload []byte
@@ -46,57 +47,59 @@ type publisher struct {
 }
 
 func connect(broker, clientID string) (*publisher, error) {
-	conn, err := net.Dial("tcp", broker)
+	conn, err := dial(broker)
 	if err != nil {
 		return nil, err
 	}
 	if _, err := conn.Write(appendConnect(nil, clientID)); err != nil {
 		return nil, err
 	}
-	in := bufio.NewReaderSize(conn, 64*1024)
-	head, err := in.Peek(2)
-	if err != nil {
+	connack := make([]byte, 2, 2+0xff)
+	if _, err := io.ReadFull(conn, connack); err != nil {
 		return nil, err
 	}
-	connack := make([]byte, 2+int(head[1]))
-	if _, err := io.ReadFull(in, connack); err != nil {
+	connack = connack[:2+int(connack[1])]
+	if _, err := io.ReadFull(conn, connack[2:]); err != nil {
 		return nil, err
 	}
-	if connack[0]>>4 != typeConnack || connack[3] != 0 {
+	if connack[0]>>4 != typeConnack || len(connack) < 4 || connack[3] != 0 {
 		return nil, fmt.Errorf("refused: % x", connack)
 	}
-	p := &publisher{to: newOutbox(conn)}
-	go p.count(in)
-	return p, nil
+	return &publisher{to: newOutbox(conn), from: conn, in: make([]byte, 0, 64*1024)}, nil
 }
 
-// count reads PUBACKs.
-func (p *publisher) count(in io.Reader) {
-	buffer := make([]byte, 0, 64*1024)
-	for {
-		n, err := in.Read(buffer[len(buffer):cap(buffer)])
-		if err != nil {
-			return
-		}
-		buffer = buffer[:len(buffer)+n]
-		seen, acked := 0, int64(0)
-		for {
-			first, _, size, err := packet(buffer[seen:])
-			if err != nil {
-				return
-			}
-			if size == 0 {
-				break
-			}
-			seen += size
-			if first>>4 == typePuback {
-				acked++
-			}
-		}
-		p.acked.Add(acked)
-		buffer = buffer[:copy(buffer, buffer[seen:])]
+// count reads PUBACKs, of all publishers in turn.
+func count(publishers []*publisher) {
+	reading := slices.Clone(publishers)
+	for len(reading) > 0 {
+		reading = slices.DeleteFunc(reading, func(p *publisher) bool { return p.count() != nil })
 		time.Sleep(ackPause)
 	}
+}
+
+func (p *publisher) count() error {
+	n, err := p.from.glance(p.in[len(p.in):cap(p.in)])
+	if n == 0 || err != nil {
+		return err
+	}
+	p.in = p.in[:len(p.in)+n]
+	seen, acked := 0, int64(0)
+	for {
+		first, _, size, err := packet(p.in[seen:])
+		if err != nil {
+			return err
+		}
+		if size == 0 {
+			break
+		}
+		seen += size
+		if first>>4 == typePuback {
+			acked++
+		}
+	}
+	p.acked.Add(acked)
+	p.in = p.in[:copy(p.in, p.in[seen:])]
+	return nil
 }
 
 // add puts one update into the next write: number sequence, published at micros.

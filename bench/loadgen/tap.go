@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/binary"
+	"io"
 	"log"
 	"net"
 	"slices"
@@ -62,23 +63,35 @@ type tapped struct {
 }
 
 func (t *tap) serve(listener net.Listener) {
-	for {
-		service, err := listener.Accept()
-		if err != nil {
-			return
-		}
-		broker, err := net.Dial("tcp", t.broker)
-		if err != nil {
-			log.Printf("the tap found no broker: %v", err)
-			_ = service.Close()
-			continue
-		}
+	bridge(listener, t.broker, func(service, broker *socket) {
 		t.connected.Add(1)
 		c := &tapped{tap: t}
-		_ = broker.(*net.TCPConn).SetReadBuffer(waitingBytes)
+		_ = broker.keepLittle()
 		patient := newOutbox(broker)
 		go pass(service, patient, 0, c.fromService)
 		go pass(patient, service, t.rest, c.fromBroker)
+	})
+}
+
+// bridge connects to an address for everyone who connects here.
+func bridge(listener net.Listener, address string, join func(here, there *socket)) {
+	for {
+		conn, err := listener.Accept()
+		if err != nil {
+			return
+		}
+		here, err := newSocket(conn)
+		if err != nil {
+			log.Printf("the tap cannot take a connection: %v", err)
+			continue
+		}
+		there, err := dial(address)
+		if err != nil {
+			log.Printf("the tap reaches nobody at %s: %v", address, err)
+			_ = here.Close()
+			continue
+		}
+		join(here, there)
 	}
 }
 
@@ -95,7 +108,7 @@ func (p *peak) raise(to int64) {
 }
 
 // pass copies from one side to the other, showing whole packets to see before they leave.
-func pass(from, to net.Conn, rest time.Duration, see func(data []byte, now int64) (int, error)) {
+func pass(from, to io.ReadWriteCloser, rest time.Duration, see func(data []byte, now int64) (int, error)) {
 	defer from.Close()
 	defer to.Close()
 	buffer := make([]byte, 0, chunkBytes)
