@@ -165,6 +165,9 @@ func (g *generator) tell(e event) {
 func (g *generator) obey(command string) error {
 	var warm, seconds, rate float64
 	if n, _ := fmt.Sscanf(command, "saturate %g %g", &warm, &seconds); n == 2 {
+		// What latency is then, the window says. At a rate it would hold the tap's late waking.
+		schedule(schedBatch)
+		defer schedule(schedOther)
 		return g.measure("saturation", warm, seconds, g.saturate)
 	}
 	if n, _ := fmt.Sscanf(command, "rate %g %g %g", &rate, &warm, &seconds); n == 3 {
