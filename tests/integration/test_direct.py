@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(120)
 
-TIMEOUT_SECONDS = 1.0
+SHORT_SECONDS = 1.0
+"""The time-out of requests where one is to be met."""
 T0 = 1_700_000_000_000_000
 _KEPT: list[Any] = []
 
@@ -69,9 +70,7 @@ class Setup:
 
 @asynccontextmanager
 async def made(database: backing.Database, keyspace: str, **more: object) -> AsyncIterator[Setup]:
-    settings = settings_of(
-        database, keyspace, request_timeout_seconds=TIMEOUT_SECONDS, **more
-    ).cassandra
+    settings = settings_of(database, keyspace, **{"request_timeout_seconds": 20, **more}).cassandra
     store = CassandraStore(settings, dead_letter_ttl_seconds=60)
     async with FaultProxy(settings.contact_points[0], settings.port) as proxy:
         await store.connect()
@@ -86,6 +85,15 @@ async def made(database: backing.Database, keyspace: str, **more: object) -> Asy
 @pytest.fixture
 async def setup(cassandra: backing.Database, migrated: str) -> AsyncIterator[Setup]:
     async with made(cassandra, migrated) as setup:
+        setup.store.follow(one_node("127.0.0.1", setup.proxy.port))
+        await wait_connections(setup.store, 1)
+        yield setup
+
+
+@pytest.fixture
+async def hasty(cassandra: backing.Database, migrated: str) -> AsyncIterator[Setup]:
+    """With a short time-out of requests."""
+    async with made(cassandra, migrated, request_timeout_seconds=SHORT_SECONDS) as setup:
         setup.store.follow(one_node("127.0.0.1", setup.proxy.port))
         await wait_connections(setup.store, 1)
         yield setup
@@ -111,21 +119,21 @@ async def test_answers_that_come_byte_by_byte_are_understood(setup: Setup, cql: 
 
 
 async def test_without_an_answer_it_is_overload_and_the_connection_is_made_anew(
-    setup: Setup,
+    hasty: Setup,
 ) -> None:
-    connection = setup.store.direct.wire_for("any")
-    setup.proxy.hold(Direction.TO_CLIENT)
+    connection = hasty.store.direct.wire_for("any")
+    hasty.proxy.hold(Direction.TO_CLIENT)
     started = time.monotonic()
     with pytest.raises(StoreUnavailable) as caught:
-        await setup.write()
-    assert time.monotonic() - started >= TIMEOUT_SECONDS * 0.9
+        await hasty.write()
+    assert time.monotonic() - started >= SHORT_SECONDS * 0.9
     assert caught.value.kind == "lib_request_timed_out"
     assert caught.value.overload
-    await setup.by("driver")
-    setup.proxy.heal()
-    await wait_connections(setup.store, 1)
-    assert setup.store.direct.wire_for("any") is not connection
-    await setup.by("direct")
+    await hasty.by("driver")
+    hasty.proxy.heal()
+    await wait_connections(hasty.store, 1)
+    assert hasty.store.direct.wire_for("any") is not connection
+    await hasty.by("direct")
 
 
 async def test_a_lost_connection_ends_what_was_on_it_and_comes_back(setup: Setup, cql: Any) -> None:
@@ -158,17 +166,17 @@ async def test_a_node_that_is_away_is_tried_again_and_again(setup: Setup) -> Non
 
 
 async def test_a_half_open_connection_is_found_while_nothing_is_written(
-    setup: Setup, monkeypatch: pytest.MonkeyPatch
+    hasty: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(direct_module, "_HEARTBEAT_SECONDS", 0.2)
-    setup.proxy.reset()
-    await wait_connections(setup.store, 0)
-    await wait_connections(setup.store, 1)
-    setup.proxy.half_open()
-    await wait_connections(setup.store, 0)
-    setup.proxy.half_open(on=False)
-    await wait_connections(setup.store, 1)
-    await setup.by("direct")
+    hasty.proxy.reset()
+    await wait_connections(hasty.store, 0)
+    await wait_connections(hasty.store, 1)
+    hasty.proxy.half_open()
+    await wait_connections(hasty.store, 0)
+    hasty.proxy.half_open(on=False)
+    await wait_connections(hasty.store, 1)
+    await hasty.by("direct")
 
 
 async def test_statements_that_the_server_forgot_are_prepared_again(
