@@ -1,9 +1,9 @@
 """The one tree of errors.
 
-Lives here: every exception that crosses a room's border. Rules: each class says by `retryable`
-whether the same request may succeed later; a message names the setting to change where there is
-one. Drivers' own exceptions are mapped once, at the border of `mqtt` and `store`, and nowhere else.
-Must not come in: handling of errors, and anything that imports a driver.
+Lives here: every exception that crosses a room's border. Rules: the class says what to do about it,
+so that nobody looks at texts; a message names the setting to change where there is one. Drivers'
+own exceptions are mapped once, at the border of `mqtt` and `store`, and nowhere else. Must not
+come in: handling of errors, and anything that imports a driver.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ __all__ = [
 class ShadowsvcError(Exception):
     """Root of everything that shadowsvc raises on purpose."""
 
-    retryable: bool = False
-
 
 class ConfigError(ShadowsvcError):
     """The configuration has mistakes; `mistakes` holds one line for each."""
@@ -52,13 +50,9 @@ class ConfigError(ShadowsvcError):
 class CredentialsUnusable(ShadowsvcError):
     """Files with certificates or passwords can't be used as they are; never quotes a secret."""
 
-    retryable = True
-
 
 class KubernetesUnavailable(ShadowsvcError):
     """The Kubernetes API did not do what was asked; `reason` is a bounded metric label."""
-
-    retryable = True
 
     def __init__(self, reason: str, message: str) -> None:
         """Make the error."""
@@ -77,8 +71,6 @@ class Refused(ShadowsvcError):
 
 class HaproxyFailed(ShadowsvcError):
     """HAProxy is not there, or did not do what it was told."""
-
-    retryable = True
 
 
 class Rejected(ShadowsvcError):
@@ -116,8 +108,6 @@ class StoreUnavailable(StoreError):
     the request's own doing, which no answer tells.
     """
 
-    retryable = True
-
     def __init__(
         self, kind: str, message: str, *, overload: bool = False, doubtful: bool = False
     ) -> None:
@@ -134,8 +124,6 @@ class StoreRefused(StoreError):
 class SchemaBehind(StoreError):
     """The keyspace is absent or older than this release needs: run `shadowsvc migrate`."""
 
-    retryable = True
-
     def __init__(self, message: str) -> None:
         """Make the error."""
         super().__init__("schema_behind", message)
@@ -151,8 +139,6 @@ class SchemaConflict(StoreError):
 
 class MqttError(ShadowsvcError):
     """The connection to the broker ended or never came up; `reason` is a bounded metric label."""
-
-    retryable = True
 
     def __init__(self, reason: str, message: str) -> None:
         """Make the error."""

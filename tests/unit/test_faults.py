@@ -59,7 +59,6 @@ def test_an_error_that_the_library_adds_is_an_outage_with_a_bounded_label() -> N
     for error in (CassErrorServerSomethingNew(), SomethingElse("x")):
         ours = mapped(error)
         assert isinstance(ours, StoreUnavailable)
-        assert ours.retryable
         assert not ours.overload
     assert kind_of(CassErrorServerSomethingNew()) == "source_server"
     assert kind_of(SomethingElse()) == UNKNOWN_KIND
@@ -73,7 +72,6 @@ def test_every_error_maps_to_its_group_and_keeps_its_text(name: str) -> None:
         assert isinstance(ours, SchemaBehind)
         return
     assert isinstance(ours, StoreRefused if fault is Fault.REFUSED else StoreUnavailable)
-    assert ours.retryable is (fault is not Fault.REFUSED)
     assert ours.overload is (fault is Fault.OVERLOAD)
     assert ours.doubtful is (fault is Fault.DOUBTFUL)
     assert str(ours) == f"{name}: what happened"

@@ -305,7 +305,6 @@ def test_every_disconnect_of_the_broker_ends_the_session_by_name(live: Driver, c
     with pytest.raises(ConnectionLost, match=rf"{reason.name} \({code}\): why$") as caught:
         live.feed(mqtt5.DisconnectPacket(reason_code=reason, reason_str="why").write())
     assert caught.value.reason == reason.name.lower()
-    assert caught.value.retryable
 
 
 def test_disconnect_before_connack_ends_the_session(driver: Driver) -> None:
