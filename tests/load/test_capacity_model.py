@@ -225,8 +225,8 @@ class TestSpares:
             assert (kind.machines - 1) * kind.machine.share < kind.nodes
 
     def test_more_listening_processes_than_slots_are_warned_of(self) -> None:
-        most = planned(Fleet(devices=10, updates_per_second=1e7))
-        cells = planned(Fleet(devices=10, updates_per_second=1e7, cells=10))
+        most = planned(Fleet(devices=10, updates_per_second=1e8))
+        cells = planned(Fleet(devices=10, updates_per_second=1e8, cells=100))
 
         assert any("slots" in warning for warning in most.warnings)
         assert not any("slots" in warning for warning in cells.warnings)
