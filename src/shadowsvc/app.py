@@ -32,7 +32,8 @@ from shadowsvc.health import MAX_CLOCK_OFFSET_SECONDS, Health
 from shadowsvc.isolation import REASON as ISOLATED
 from shadowsvc.isolation import IsolationWatch
 from shadowsvc.ledger import Ledger
-from shadowsvc.logins import LoginPace, StoreLogin
+from shadowsvc.login_pace import LoginPace
+from shadowsvc.logins import StoreLogin
 from shadowsvc.metrics import Exposition, Metrics
 from shadowsvc.mqtt.adoption import Adoption, Patience, publish_marker
 from shadowsvc.mqtt.connection import Connection, Endpoint
@@ -140,9 +141,8 @@ class Service:
             self.metrics,
             in_doubt=lambda: bool(self.health.store_error or self.pipeline.failing),
         )
-        self.store.direct.login_retry_seconds = (
-            limits.login_retry_min_seconds,
-            limits.login_retry_max_seconds,
+        self.store.direct.pace = LoginPace(
+            limits.login_retry_min_seconds, limits.login_retry_max_seconds
         )
         driver.pace_logins(limits.login_retry_min_seconds, limits.login_retry_max_seconds)
         self.connection.subscribed_again = self._subscribed_again

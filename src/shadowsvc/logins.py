@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import time
 from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
-from shadowsvc.backoff import login_wait_seconds
 from shadowsvc.errors import StoreError
+from shadowsvc.login_pace import LOGIN_KINDS, LoginPace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,42 +30,15 @@ if TYPE_CHECKING:
     from shadowsvc.credentials import Credentials
     from shadowsvc.metrics import Metrics
 
-__all__ = ["LOGIN_KINDS", "LOST_SECONDS", "LoginPace", "StoreLogin"]
+__all__ = ["LOST_SECONDS", "StoreLogin"]
 
 _log = structlog.get_logger(__name__)
-
-LOGIN_KINDS: Final = frozenset({"server_bad_credentials", "authentication"})
-"""Kinds of `StoreError` that mean a refused login."""
 
 LOST_SECONDS: Final = 15.0
 """The driver connects again within 2 s of a node's return; then this is no outage that passes."""
 
 _NO_HOSTS: Final = "lib_no_hosts_available"
 _CHECK_SECONDS: Final = 3.0
-
-
-class LoginPace:
-    """How long to wait after a refused login: from `minimum` to `maximum` seconds, doubling."""
-
-    def __init__(
-        self,
-        minimum: float,
-        maximum: float,
-        draw: Callable[[float, float], float] = random.uniform,
-    ) -> None:
-        self._minimum = minimum
-        self._maximum = maximum
-        self._draw = draw
-        self._refusals = 0
-
-    def refused(self) -> float:
-        """Count a refusal; return how long to wait, in seconds."""
-        self._refusals += 1
-        return login_wait_seconds(self._refusals, self._minimum, self._maximum, self._draw)
-
-    def accepted(self) -> None:
-        """Forget what was refused."""
-        self._refusals = 0
 
 
 class Store(Protocol):

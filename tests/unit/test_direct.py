@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,7 @@ from shadowsvc.errors import StoreUnavailable
 from shadowsvc.shadow.update import Update
 from shadowsvc.store import frames
 from shadowsvc.store.direct import Direct, Wire
+from shadowsvc.store.statements import STATEMENTS
 from shadowsvc.store.topology import Replica, Snapshot
 from tests.unit.cql_node import DONE, Node, error
 
@@ -25,19 +27,6 @@ if TYPE_CHECKING:
 
 UNAVAILABLE = error(0x1000, "two of three are down, it seems")
 OVERLOADED = error(0x1001)
-STATEMENTS = dict.fromkeys(
-    (
-        "write_usual",
-        "write_usual_heard",
-        "write",
-        "write_heard",
-        "heard",
-        "delete_leaf",
-        "delete_below",
-        "delete_section",
-    ),
-    "?",
-)
 TIMEOUT_SECONDS = 0.5
 UPDATE = Update("lamp", "", 1_700_000_000_000_000, ["/on"], [b"true"], 1, [], 100)
 LOGIN = Credentials("me", SecretStr("secret"))
@@ -210,9 +199,11 @@ async def test_a_late_heartbeat_costs_no_connection_that_works(
         await until(lambda: node.connections > 1)
 
 
-async def test_a_stalled_process_reads_the_answers_that_wait_before_it_judges() -> None:
+async def test_a_stalled_process_reads_the_answers_that_wait_before_it_judges(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     node = Node()
-    async with connected(node, timeout_seconds=0.3) as direct:
+    async with connected(node, timeout_seconds=20) as direct:
         wire = wire_of(direct)
         node.batch = lambda _number: None
         writes = [asyncio.create_task(write(direct)) for _ in range(5)]
@@ -220,9 +211,10 @@ async def test_a_stalled_process_reads_the_answers_that_wait_before_it_judges() 
         wire._transport.pause_reading()
         for stream in node.streams:
             node.say(stream, DONE)
-        # As after SIGCONT: the time-out is long over, and its timer comes before the socket.
         await asyncio.sleep(0.1)
-        time.sleep(0.5)  # noqa: ASYNC251 - the process stands still
+        # As after SIGCONT: the time-out is long over, and its timer comes before the socket.
+        stopped = SimpleNamespace(monotonic=lambda: time.monotonic() + 100)
+        monkeypatch.setattr(direct_module, "time", stopped)
         wire._expire()
         wire._transport.resume_reading()
         await asyncio.gather(*writes)

@@ -13,22 +13,13 @@ from shadowsvc.shadow.merge import merge
 from shadowsvc.shadow.update import Mutations, Update
 from shadowsvc.store import frames
 from shadowsvc.store.cassandra import CassandraStore
+from shadowsvc.store.statements import STATEMENTS
 from tests.unit.reading_frames import Reader, read_batch, response
 
 if TYPE_CHECKING:
     from shadowsvc.store.direct import Direct
 
-NAMES = (
-    "write_usual",
-    "write_usual_heard",
-    "write",
-    "write_heard",
-    "heard",
-    "delete_leaf",
-    "delete_below",
-    "delete_section",
-)
-IDS = {name: f"id of {name}".encode() for name in NAMES}
+IDS = {name: f"id of {name}".encode() for name in STATEMENTS}
 T0 = 1_700_000_000_000_000
 KEYS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=200)
 WRITES = st.tuples(st.sampled_from(["reported", "desired"]), KEYS.map("/{}".format), st.binary())
@@ -49,7 +40,7 @@ class Driver:
 
     def __init__(self, store: CassandraStore) -> None:
         self.bound: list[tuple[str, list[Any]]] = []
-        store._statements = {name: _Statement(name) for name in NAMES}
+        store._statements = {name: _Statement(name) for name in STATEMENTS}
         self._store = store
 
     def fill(self, mutations: list[Mutations]) -> list[tuple[str, list[bytes]]]:
@@ -84,11 +75,9 @@ def store() -> CassandraStore:
 
 def body_maker() -> frames.BatchBody:
     statements: Direct = store().direct
-    assert set(statements.statements) == set(NAMES)
-    counts = {name: text.count("?") for name, text in statements.statements.items()}
-    return frames.BatchBody(
-        {name: (IDS[name], counts[name]) for name in NAMES}, frames.CONSISTENCIES["LOCAL_QUORUM"]
-    )
+    assert set(statements.statements) == set(STATEMENTS)
+    known = {name: (IDS[name], text.count("?")) for name, text in statements.statements.items()}
+    return frames.BatchBody(known, frames.CONSISTENCIES["LOCAL_QUORUM"])
 
 
 def names_of(body: bytes) -> list[tuple[str, list[bytes]]]:

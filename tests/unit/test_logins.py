@@ -13,7 +13,8 @@ from pydantic import SecretStr
 
 from shadowsvc.credentials import Credentials
 from shadowsvc.errors import StoreUnavailable
-from shadowsvc.logins import LOST_SECONDS, LoginPace, StoreLogin
+from shadowsvc.login_pace import LoginPace
+from shadowsvc.logins import LOST_SECONDS, StoreLogin
 from shadowsvc.metrics import Metrics
 from shadowsvc.mqtt.connection import Connection
 from shadowsvc.settings import Cassandra

@@ -27,6 +27,7 @@ from shadowsvc.store.direct import Direct, Unprepared
 from shadowsvc.store.endpoints import by_name
 from shadowsvc.store.faults import mapped
 from shadowsvc.store.migrate import SELECT_VERSIONS, verify
+from shadowsvc.store.statements import HEARD, STATEMENTS, statements_of
 from shadowsvc.window import MAX_IN_FLIGHT
 
 if TYPE_CHECKING:
@@ -46,29 +47,10 @@ _log = structlog.get_logger(__name__)
 PROBE_DEVICE = "$shadowsvc"
 """Partition of the store's own probe; no device can have this name (`shadow.topic`)."""
 
-_WRITE = "UPDATE {keyspace}.shadow USING TIMESTAMP ? SET value = ? "
-_WRITE_HEARD = "UPDATE {keyspace}.shadow USING TIMESTAMP ? SET value = ?, updated_at = ? "
-_USUAL = "WHERE device = ? AND shadow = '' AND section = 'reported' AND path = ?"
-_ANY = "WHERE device = ? AND shadow = ? AND section = ? AND path = ?"
-_SECTION = "WHERE device = ? AND shadow = ? AND section = ?"
-
 # Nothing of a device is ever part of a statement's text.
 # ruff: noqa: S608
-# Tables are named with their keyspace: the server warns of prepared statements that are not.
-_SHADOW_STATEMENTS = {
-    "write_usual": _WRITE + _USUAL,
-    "write_usual_heard": _WRITE_HEARD + _USUAL,
-    "write": _WRITE + _ANY,
-    "write_heard": _WRITE_HEARD + _ANY,
-    "heard": "UPDATE {keyspace}.shadow USING TIMESTAMP ? SET updated_at = ? WHERE device = ?",
-    "delete_leaf": "DELETE FROM {keyspace}.shadow USING TIMESTAMP ? " + _ANY,
-    "delete_below": "DELETE FROM {keyspace}.shadow USING TIMESTAMP ? "
-    + _SECTION
-    + " AND path >= ? AND path < ?",
-    "delete_section": "DELETE FROM {keyspace}.shadow USING TIMESTAMP ? " + _SECTION,
-}
 _STATEMENTS = {
-    **_SHADOW_STATEMENTS,
+    **STATEMENTS,
     "read_reported": "SELECT path, value, WRITETIME(value) AS time_us FROM {keyspace}.shadow "
     "WHERE device = ? AND shadow = ? AND section = 'reported'",
     "dead_letter": "INSERT INTO {keyspace}.dead_letter (bucket, shard, received_at, id, "
@@ -128,10 +110,7 @@ class CassandraStore:
         self._statements: dict[str, Any] = {}
         self.direct = Direct(
             settings,
-            {
-                name: text.format(keyspace=settings.keyspace)
-                for name, text in _SHADOW_STATEMENTS.items()
-            },
+            {name: text.format(keyspace=settings.keyspace) for name, text in STATEMENTS.items()},
         )
         self.batches = {"direct": 0, "driver": 0}
         """Batches of shadows that were sent, by the way that they took."""
@@ -400,51 +379,14 @@ class CassandraStore:
 
     def _fill(self, mutations: Iterable[Mutations], add: Any) -> None:
         """Hand every statement of `mutations` to `add`."""
-        statements = self._statements
-        usual = statements["write_usual"].bind
-        usual_heard = statements["write_usual_heard"].bind
-        anywhere = statements["write"].bind
-        anywhere_heard = statements["write_heard"].bind
         for mutation in mutations:
-            device = mutation.device
-            # The static column goes with the first leaf of the latest time.
-            heard_us = mutation.heard_us
-            for time_us, value, shadow, section, path in mutation.writes:
-                if not shadow and section == "reported":
-                    if time_us == heard_us:
-                        heard_us = -1
-                        add(usual_heard([time_us, value, _stamp(time_us), device, path]))
-                    else:
-                        add(usual([time_us, value, device, path]))
-                elif time_us == heard_us:
-                    heard_us = -1
-                    add(
-                        anywhere_heard(
-                            [time_us, value, _stamp(time_us), device, shadow, section, path]
-                        )
-                    )
-                else:
-                    add(anywhere([time_us, value, device, shadow, section, path]))
-            if mutation.deletes:
-                self._fill_deletes(device, mutation.deletes, add)
-            if heard_us > 0:
-                add(statements["heard"].bind([heard_us, _stamp(heard_us), device]))
-
-    def _fill_deletes(
-        self, device: str, deletes: Sequence[tuple[int, str, str, str]], add: Any
-    ) -> None:
-        statements = self._statements
-        for time_us, shadow, section, path in deletes:
-            if not path:
-                add(statements["delete_section"].bind([time_us, device, shadow, section]))
-                continue
-            add(statements["delete_leaf"].bind([time_us, device, shadow, section, path]))
-            # Everything below: "/" is followed by "0" in byte order.
-            add(
-                statements["delete_below"].bind(
-                    [time_us, device, shadow, section, path + "/", path + "0"]
-                )
-            )
+            for name, time_us, value, texts in statements_of(mutation):
+                values: list[Any] = [time_us]
+                if value is not None:
+                    values.append(value)
+                if name in HEARD:
+                    values.append(_stamp(time_us))
+                add(self._statements[name].bind([*values, *texts]))
 
 
 def _cluster(settings: Cassandra) -> Any:

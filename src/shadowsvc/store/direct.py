@@ -19,15 +19,15 @@ import asyncio
 import contextlib
 import re
 import socket
-import ssl
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from shadowsvc.backoff import login_wait_seconds, wait_seconds
+from shadowsvc.backoff import wait_seconds
 from shadowsvc.errors import StoreError, StoreUnavailable
+from shadowsvc.login_pace import LOGIN_KINDS, LoginPace
 from shadowsvc.store import frames
 from shadowsvc.store.faults import UNPREPARED, answered, failed
 
@@ -58,6 +58,7 @@ _LATE_SECONDS = 0.1
 _GRACE_SECONDS = 0.05
 """A time-out that comes so late tells of this process, which may have answers to read first."""
 _NUMBER = re.compile(r"\d+")
+_FORGOTTEN = answered(UNPREPARED, "").kind
 
 
 class Unprepared(Exception):
@@ -229,9 +230,9 @@ class Wire(asyncio.Protocol):
         else:
             self.abort()
 
-    def abort(self) -> None:
+    def abort(self, why: str = "closed") -> None:
         """Close it at once."""
-        self._end("closed")
+        self._end(why)
         if self._transport is not None:
             self._transport.abort()
 
@@ -253,8 +254,7 @@ class Wire(asyncio.Protocol):
         try:
             answers = self._answers.take(data)
         except frames.BadAnswer as error:
-            self._end(f"what the protocol does not have: {error}")
-            self.abort()
+            self.abort(f"what the protocol does not have: {error}")
             return
         for warning in self._answers.warnings:
             _log.warning("Cassandra warns", warning=warning, limit_by=_NUMBER.sub("#", warning))
@@ -270,8 +270,7 @@ class Wire(asyncio.Protocol):
                 self._overdue.discard(stream)
             else:
                 # Which request it belongs to nobody knows, so none on this connection is trusted.
-                self._end(f"an answer that nobody waits for, stream {stream}, opcode {opcode:#04x}")
-                self.abort()
+                self.abort(f"an answer that nobody waits for: {stream}, opcode {opcode:#04x}")
                 return
             self._free.append(stream)
         if self._retiring and not waiting:
@@ -291,9 +290,6 @@ class Wire(asyncio.Protocol):
         self._end("it was lost" if error is None else f"it was lost: {error}")
 
 
-_FORGOTTEN = answered(UNPREPARED, "").kind
-
-
 class Direct:
     """The connections to all replicas. Belongs to the running loop.
 
@@ -304,10 +300,10 @@ class Direct:
 
     def __init__(self, settings: Cassandra, statements: Mapping[str, str]) -> None:
         self.statements = statements
-        self.login_retry_seconds = (10.0, 300.0)
-        """Shortest and longest wait after a refused login."""
-        self._settings = settings
-        self._credentials: Credentials | None = None
+        self.settings = settings
+        self.credentials: Credentials | None = None
+        self.pace = LoginPace(10.0, 300.0)
+        """Of refused logins."""
         self._snapshot: Snapshot | None = None
         self._nodes: dict[Replica, _Node] = {}
         self._groups: list[list[_Node]] = []
@@ -315,7 +311,6 @@ class Direct:
         self._turn = 0
         self._closed = False
         self._logging_in = asyncio.Lock()
-        self._refusals = 0
         self._no_login_before = 0.0
 
     @property
@@ -327,14 +322,14 @@ class Direct:
         """Log in with these from now on; connections by others end when their requests have."""
         if self._closed:
             return
-        self._credentials = credentials
-        self._refusals = 0
+        self.credentials = credentials
+        self.pace.accepted()
         self._no_login_before = 0.0
         replicas = list(self._nodes)
         for replica in replicas:
             self._end(self._nodes.pop(replica))
         for replica in replicas:
-            self._nodes[replica] = self._node(replica)
+            self._nodes[replica] = _Node(replica, self)
         self._regroup()
 
     def follow(self, snapshot: Snapshot) -> None:
@@ -346,7 +341,7 @@ class Direct:
         for replica in [replica for replica in self._nodes if replica not in wanted]:
             self._end(self._nodes.pop(replica))
         for replica in wanted - set(self._nodes):
-            self._nodes[replica] = self._node(replica)
+            self._nodes[replica] = _Node(replica, self)
         self._regroup()
 
     def wire_for(self, device: str) -> Wire | None:
@@ -385,12 +380,10 @@ class Direct:
             try:
                 await wire.log_in(credentials)
             except StoreError as error:
-                if error.kind == _LOGIN_REFUSED:
-                    self._refusals += 1
-                    wait = login_wait_seconds(self._refusals, *self.login_retry_seconds)
-                    self._no_login_before = time.monotonic() + wait
+                if error.kind in LOGIN_KINDS:
+                    self._no_login_before = time.monotonic() + self.pace.refused()
                 raise
-            self._refusals = 0
+            self.pace.accepted()
 
     async def close(self) -> None:
         """Close every connection at once and for good; await every write before."""
@@ -417,9 +410,6 @@ class Direct:
         self._leaving.add(wire)
         wire.retire(why)
 
-    def _node(self, replica: Replica) -> _Node:
-        return _Node(replica, self._settings, self.statements, self._credentials, self)
-
     def _regroup(self) -> None:
         if self._snapshot is not None:
             self._groups = [
@@ -431,38 +421,28 @@ class Direct:
 class _Node:
     """Keeps a connection to one node, until it is ended."""
 
-    def __init__(
-        self,
-        replica: Replica,
-        settings: Cassandra,
-        statements: Mapping[str, str],
-        credentials: Credentials | None,
-        owner: Direct,
-    ) -> None:
+    def __init__(self, replica: Replica, owner: Direct) -> None:
         self.wire: Wire | None = None
-        self._owner = owner
+        """What batches may take, once it is usable."""
         self._replica = replica
+        self._owner = owner
         self._name = f"{replica.address}:{replica.port}"
-        self._settings = settings
-        self._statements = statements
-        self._credentials = credentials
         self.task = asyncio.create_task(self._run(), name=f"direct {self._name}")
 
     async def _run(self) -> None:
         failures = 0
         while True:
+            wire = Wire(self._name, self._owner.settings.request_timeout_seconds)
             connected = None
             try:
-                wire = await self._connect()
+                await self._connect(wire)
                 connected = time.monotonic()
-                why = await self._serve(wire)
-            except StoreError as error:
-                why = str(error)
-            except Exception as error:  # noqa: BLE001 - this is a shorter way, it must not end for good
-                why = repr(error)
-            if self.wire is not None:
-                self._owner.leave(self.wire, why)
-                self.wire = None
+                await self._serve(wire)
+                why = wire.ended.result()
+            except Exception as error:  # noqa: BLE001 - it is a shorter way: it must not end for good
+                why = wire.ended.result() if wire.ended.done() else str(error) or repr(error)
+            self.wire = None
+            self._owner.leave(wire, why)
             steady = connected and time.monotonic() - connected > _STEADY_SECONDS
             failures = 1 if steady else failures + 1
             _log.warning(
@@ -474,48 +454,33 @@ class _Node:
             seconds = wait_seconds(failures, _RECONNECT_MIN_SECONDS, _RECONNECT_MAX_SECONDS)
             await asyncio.sleep(max(seconds, self._owner.login_wait_seconds))
 
-    async def _connect(self) -> Wire:
-        """Return a connection that is logged in. Raises `StoreError` and whatever a name causes."""
-        settings, replica = self._settings, self._replica
-        wire = Wire(self._name, settings.request_timeout_seconds)
-        credentials = self._credentials
+    async def _connect(self, wire: Wire) -> None:
+        """Connect and log in. Raises `StoreError`, `OSError` and whatever a name causes."""
+        settings, credentials = self._owner.settings, self._owner.credentials
         if credentials is None or (settings.tls and credentials.context is None):
             raise StoreUnavailable("tls", "there are no credentials")
         try:
             async with asyncio.timeout(settings.connect_timeout_seconds):
                 await asyncio.get_running_loop().create_connection(
                     lambda: wire,
-                    replica.address,
-                    replica.port,
+                    self._replica.address,
+                    self._replica.port,
                     ssl=credentials.context if settings.tls else None,
-                    server_hostname=replica.name if settings.tls else None,
+                    server_hostname=self._replica.name if settings.tls else None,
                 )
             await self._owner.log_in(wire, credentials)
         except TimeoutError:
-            wire.abort()
             raise failed("CassErrorLibUnableToConnect", "it took too long") from None
-        except ssl.SSLError as error:
-            wire.abort()
-            raise StoreUnavailable("tls", str(error)) from None
-        except OSError as error:
-            wire.abort()
-            raise failed("CassErrorLibUnableToConnect", str(error)) from None
-        except StoreError as error:
-            if not wire.ended.done():
-                wire.abort()
-                raise
-            raise StoreUnavailable(error.kind, wire.ended.result()) from None
-        except BaseException:
-            wire.abort()
+        except asyncio.CancelledError:
+            wire.abort()  # nobody else has it yet
             raise
-        return wire
 
-    async def _serve(self, wire: Wire) -> str:
-        """Return why the connection ended; until then prepare statements, see that it lives."""
+    async def _serve(self, wire: Wire) -> None:
+        """Prepare statements and see that the connection lives, until it ends."""
         self.wire = wire
         refusals = 0
         pause = 0.0
-        consistency = frames.CONSISTENCIES[self._settings.consistency]
+        consistency = frames.CONSISTENCIES[self._owner.settings.consistency]
         while not await _ends_within(pause, wire):
             if wire.usable:
                 refusals = 0
@@ -523,7 +488,7 @@ class _Node:
                 pause = _HEARTBEAT_SECONDS
                 continue
             try:
-                await wire.prepare(self._statements, consistency)
+                await wire.prepare(self._owner.statements, consistency)
             except StoreError as error:
                 # No schema yet, or no grant: the login need not be made again for that.
                 _log.warning(
@@ -537,15 +502,11 @@ class _Node:
             else:
                 _log.info("direct connection", node=self._name)
                 pause = _HEARTBEAT_SECONDS
-        return wire.ended.result()
 
 
 async def _ends_within(seconds: float, wire: Wire) -> bool:
     await asyncio.wait([wire.ended], timeout=seconds)
     return wire.ended.done()
-
-
-_LOGIN_REFUSED = failed("CassErrorServerBadCredentials", "").kind
 
 
 def _keep_alive(found: socket.socket | None) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from shadowsvc.shadow.merge import merge
 from shadowsvc.shadow.update import Update
+from shadowsvc.store.statements import HEARD, statements_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -193,7 +194,7 @@ class BatchBody:
     """Makes the bodies of BATCH (§4.1.7) for one connection.
 
     Args:
-        statements: the id of each prepared statement, by its name in `store.cassandra`, and how
+        statements: the id of each prepared statement, by its name in `store.statements`, and how
             many values it takes.
         consistency: of every batch, one of `CONSISTENCIES`.
     """
@@ -203,14 +204,9 @@ class BatchBody:
             name: _KIND_PREPARED + _SHORT.pack(len(known)) + known + _SHORT.pack(values)
             for name, (known, values) in statements.items()
         }
+        self._heads = heads
         self._usual = heads["write_usual"]
         self._usual_heard = heads["write_usual_heard"]
-        self._write = heads["write"]
-        self._write_heard = heads["write_heard"]
-        self._heard = heads["heard"]
-        self._delete_leaf = heads["delete_leaf"]
-        self._delete_below = heads["delete_below"]
-        self._delete_section = heads["delete_section"]
         self._tail = _SHORT.pack(consistency) + _NO_FLAGS
         # A fleet has few paths, said again and again; what a device makes up is not kept for long.
         self._paths: dict[str, bytes] = {}
@@ -255,45 +251,16 @@ class BatchBody:
         return len(paths)
 
     def _any(self, mutations: Mutations, parts: list[bytes]) -> int:
-        """Add every row and deletion of one device; return how many."""
-        device = _text(mutations.device)
-        heard_us = mutations.heard_us
-        rows = 0
-        for time_us, value, shadow, section, path in mutations.writes:
-            usual = not shadow and section == "reported"
-            time = _BIGINT.pack(8, time_us)
-            # The static column goes with the first leaf of the latest time.
-            if time_us == heard_us:
-                heard_us = -1
-                head = self._usual_heard if usual else self._write_heard
-                parts += (head, time, _value(value), _BIGINT.pack(8, time_us // 1000), device)
-            else:
-                head = self._usual if usual else self._write
-                parts += (head, time, _value(value), device)
-            if not usual:
-                parts += (_text(shadow), _text(section))
-            parts.append(self._path(path))
-            rows += 1
-        for time_us, shadow, section, path in mutations.deletes:
-            where = (_BIGINT.pack(8, time_us), device, _text(shadow), _text(section))
-            if not path:
-                parts.append(self._delete_section)
-                parts += where
-                rows += 1
-                continue
-            parts.append(self._delete_leaf)
-            parts += where
-            parts.append(_text(path))
-            # Everything below: "/" is followed by "0" in byte order.
-            parts.append(self._delete_below)
-            parts += where
-            parts += (_text(path + "/"), _text(path + "0"))
-            rows += 2
-        if heard_us > 0:
-            time = _BIGINT.pack(8, heard_us)
-            parts += (self._heard, time, _BIGINT.pack(8, heard_us // 1000), device)
-            rows += 1
-        return rows
+        """Add every statement of one device; return how many."""
+        found = statements_of(mutations)
+        for name, time_us, value, texts in found:
+            parts += (self._heads[name], _BIGINT.pack(8, time_us))
+            if value is not None:
+                parts.append(_value(value))
+            if name in HEARD:
+                parts.append(_BIGINT.pack(8, time_us // 1000))
+            parts += [_text(text) for text in texts]
+        return len(found)
 
     def _path(self, path: str) -> bytes:
         known = self._paths.get(path)
