@@ -15,6 +15,7 @@ from here: this package is not shipped.
 
 from backing.addresses import GivenBroker, GivenCassandra
 from backing.cassandra import Cassandra, CassandraCluster
+from backing.cassandra_config import RAISED_THRESHOLDS
 from backing.choice import Kind, broker, choose, database, describe
 from backing.cql import connect
 from backing.errors import BackingError
@@ -24,6 +25,7 @@ from backing.ports import free_port
 from backing.proxy import Direction, FaultProxy, ProxyCounts, Tap, Watch
 
 __all__ = [
+    "RAISED_THRESHOLDS",
     "BackingError",
     "Broker",
     "Cassandra",

@@ -18,6 +18,12 @@ ALONE_OPTIONS = (
 )
 _NOT_ALONE_OPTIONS = (f"-Dcassandra.ring_delay_ms={_RING_DELAY_MS}",)
 
+RAISED_THRESHOLDS: Mapping[str, object] = {
+    "unlogged_batch_across_partitions_warn_threshold": 32,
+    "batch_size_warn_threshold": "32KiB",
+}
+"""As `deploy/` has them: room for batches of 32 devices without a warning."""
+
 # What Cassandra reaches for inside the JDK since Java 9 closed it: its conf/jvm17-server.options.
 _EXPORTS = (
     "java.base/java.lang.ref",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from backing import BackingError, Cassandra
+from backing import RAISED_THRESHOLDS, BackingError, Cassandra
 from bench import report
 from bench.measure import BenchError, Load, Run, run
 from bench.services import DEFAULT_SERVICES, REPOSITORY, SERVICES
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs: list[Run] = []
     status = 0
     try:
-        with Cassandra(heap=options.heap) as cassandra:
+        with Cassandra(heap=options.heap, settings=RAISED_THRESHOLDS) as cassandra:
             _say(f"Cassandra is up ({options.heap} heap); logs of the services: {options.logs}")
             _measure(options, cassandra, runs)
     except KeyboardInterrupt:

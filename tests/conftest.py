@@ -96,8 +96,9 @@ def migrated(cassandra: backing.Database) -> Iterator[str]:
 def own_cassandra(own_cassandra_of_the_run: backing.Cassandra) -> backing.Cassandra:
     """A Cassandra that a test may stop, kill and freeze, if it leaves it running.
 
-    It keeps what it confirmed over a kill, and its limits are low enough to meet them. The failure
-    of one test is not that of the next: where it was left dead, it is started again.
+    It keeps what it confirmed over a kill, its limits are low enough to meet them, and it allows
+    batches of 32 partitions. The failure of one test is not that of the next: where it was left
+    dead, it is started again.
     """
     if not own_cassandra_of_the_run.running:
         own_cassandra_of_the_run.start()
@@ -111,6 +112,8 @@ def own_cassandra_of_the_run() -> Iterator[backing.Cassandra]:
         "commitlog_sync": "batch",
         "max_mutation_size": "200KiB",
         "batch_size_fail_threshold": "20KiB",
+        "batch_size_warn_threshold": "16KiB",
+        "unlogged_batch_across_partitions_warn_threshold": 32,
     }
     with backing.Cassandra(settings=settings) as database:
         yield database

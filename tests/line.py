@@ -43,15 +43,14 @@ class Line:
             "failing_after_seconds": 0,
         }
         partitions = more.pop("max_partitions", 10)
+        max_bytes = more.pop("max_request_bytes", 5120)
         group: Callable[[str], int] | None = more.pop("group", None)
         options = Options(**{**figures, **more})
         self.store = FaultyStore()
         self.ledger = Ledger()
         self.metrics = Metrics()
         self.sent: list[bytes] = []
-        batcher = Batcher(
-            group or (lambda _: 0), max_partitions=partitions, max_bytes=options.max_request_bytes
-        )
+        batcher = Batcher(group or (lambda _: 0), max_partitions=partitions, max_bytes=max_bytes)
         self.pipeline = Pipeline(
             options,
             Decoder(TopicParser("things"), Limits()),

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from backing import BackingError, Cassandra, CassandraCluster, Mosquitto
+from backing import RAISED_THRESHOLDS, BackingError, Cassandra, CassandraCluster, Mosquitto
 from bench import measure
 from bench.measure import BenchError, Load
 from bench.services import SERVICES, Place
@@ -178,7 +178,7 @@ def _values(name: str, options: argparse.Namespace) -> tuple[int, ...]:
 def _database(nodes: int, options: argparse.Namespace) -> Iterator[measure.Database]:
     say(f"starting Cassandra, {nodes} of it")
     if nodes == 1:
-        with Cassandra(heap=options.heap) as one:
+        with Cassandra(heap=options.heap, settings=RAISED_THRESHOLDS) as one:
             yield one
     else:
         with CassandraCluster(nodes, heap=_NODE_HEAP) as cluster:

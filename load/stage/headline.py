@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from backing import BackingError, Cassandra
+from backing import RAISED_THRESHOLDS, BackingError, Cassandra
 from bench import measure
 from bench.measure import BenchError, Load
 from bench.services import SERVICES, Place
@@ -139,7 +139,7 @@ def run(made: Plan, options: argparse.Namespace) -> Observed:
     """Do all steps; what goes wrong stands in what is returned."""
     observed = Observed(made)
     try:
-        with Cassandra(heap=options.heap) as cassandra:
+        with Cassandra(heap=options.heap, settings=RAISED_THRESHOLDS) as cassandra:
             if options.warm_up > 0:
                 say(f"Cassandra is up; warming it up for {options.warm_up:g} s")
                 measure.run(_SERVICE, 0, _load(options.warm_up), cassandra, options.logs)

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from shadowsvc.credentials import Credentials
     from shadowsvc.mqtt.adoption import Emptier
     from shadowsvc.rotation import Side
+    from shadowsvc.store.thresholds import BatchLimits
     from shadowsvc.store.topology import Snapshot
 
 __all__ = ["Service", "run", "tame_garbage_collector"]
@@ -114,13 +115,14 @@ class Service:
         topics = TopicParser(settings.mqtt.topic_prefix)
         self.decoder = Decoder(topics, decoder_limits(settings))
         self.topology = Topology()
-        self.batcher = _batcher(settings)
         self.rotation = Rotation(settings, self.metrics)
         self.store = CassandraStore(
             settings.cassandra,
             dead_letter_ttl_seconds=settings.dead_letters.ttl_seconds,
             credentials=self.rotation.current("cassandra"),
         )
+        self.batcher = Batcher(None, *self.store.limits)
+        self.store.on_limits = self._limits_changed
         self.pipeline = Pipeline(
             _options(settings),
             self.decoder,
@@ -196,6 +198,7 @@ class Service:
             not_ready=lambda: self.health.by_reason,
             pause_left_seconds=lambda: self.pause.status.left_seconds,
             direct_connections=lambda: self.store.direct.connections,
+            batch_limits=lambda: self.store.limits,
             batches=lambda: self.store.batches,
         )
         self._http: http.Server | None = None
@@ -314,7 +317,7 @@ class Service:
                 receive_maximum=adopted_receive_maximum(settings),
             ),
             self.decoder,
-            _batcher(settings),
+            Batcher(None, *self.store.limits),
             self.store,
             ledger,
             self.metrics,
@@ -455,6 +458,12 @@ class Service:
         if self.adopter is not None:
             self.adopter.pipeline.batcher.group = self.batcher.group
 
+    def _limits_changed(self, limits: BatchLimits) -> None:
+        """Plan batches as the nodes allow them by now."""
+        self.batcher.limit(*limits)
+        if self.adopter is not None:
+            self.adopter.pipeline.batcher.limit(*limits)
+
     async def _watch_store(self) -> None:
         """Check schema and clock now and then; restore a lowered Receive Maximum."""
         next_check = 0.0
@@ -531,21 +540,12 @@ class Service:
         return http.Response(200, content_type, body)
 
 
-def _batcher(settings: Settings) -> Batcher:
-    return Batcher(
-        None,
-        max_partitions=settings.cassandra.batch_max_partitions,
-        max_bytes=settings.cassandra.batch_max_bytes,
-    )
-
-
 def _options(settings: Settings) -> Options:
     cassandra = settings.cassandra
     return Options(
         client_id=settings.mqtt.client_id,
         receive_maximum=settings.mqtt.receive_maximum,
         max_held_bytes=settings.limits.max_held_bytes,
-        max_request_bytes=cassandra.batch_max_bytes,
         linger_seconds=cassandra.linger_seconds,
         min_concurrency=cassandra.min_concurrency,
         concurrency=cassandra.concurrency,

@@ -181,6 +181,7 @@ class Exposition(Page):
         not_ready: Callable[[], Mapping[str, bool]] = dict,
         pause_left_seconds: Callable[[], float] = float,
         direct_connections: Callable[[], int] = int,
+        batch_limits: Callable[[], tuple[int, int]] = lambda: (0, 0),
         batches: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         super().__init__()
@@ -194,6 +195,7 @@ class Exposition(Page):
         self._not_ready = not_ready
         self._pause_left_seconds = pause_left_seconds
         self._direct_connections = direct_connections
+        self._batch_limits = batch_limits
         self._batches = batches
 
     def collect(self) -> Iterator[Metric]:
@@ -260,6 +262,9 @@ class Exposition(Page):
             "Own connections to replicas that batches can take; without one they go by the driver.",
             self._direct_connections(),
         )
+        partitions, size_bytes = self._batch_limits()
+        yield _gauge("batch_max_partitions", "Devices allowed in a batch.", partitions)
+        yield _gauge("batch_max_bytes", "Bytes allowed in a batch.", size_bytes)
         yield _histogram("batch_partitions", "Devices in a batch.", metrics.batch_partitions)
         yield _histogram(
             "write_seconds", "One request, from the call to its answer.",

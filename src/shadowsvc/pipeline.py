@@ -55,7 +55,6 @@ class Options(NamedTuple):
     client_id: str
     receive_maximum: int = 1000
     max_held_bytes: int = 64 * 1024 * 1024
-    max_request_bytes: int = 5120
     linger_seconds: float = 0.005
     min_concurrency: int = 2
     concurrency: int = 32
@@ -108,7 +107,6 @@ class Pipeline:
         self._acks_due = False
         self.writers = Writers(
             Figures(
-                max_request_bytes=options.max_request_bytes,
                 linger_seconds=options.linger_seconds,
                 min_concurrency=options.min_concurrency,
                 concurrency=options.concurrency,

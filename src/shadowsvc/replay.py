@@ -423,7 +423,7 @@ async def perform(
         judge = Judge(TopicParser(settings.mqtt.topic_prefix), limits, restamp=restamp)
         options = options._replace(
             concurrency=min(options.concurrency, cassandra.concurrency),
-            max_request_bytes=cassandra.batch_max_bytes,
+            max_request_bytes=store.limits.size_bytes,
             retry_min_seconds=cassandra.retry_min_seconds,
             retry_max_seconds=cassandra.retry_max_seconds,
         )

@@ -277,19 +277,25 @@ class Cassandra(_Section):
     request_timeout_seconds: Seconds = Field(
         default=2.0, description="Time limit for one request; what times out is sent again."
     )
-    batch_max_partitions: int = Field(
-        default=10,
-        ge=1,
-        le=1000,
-        description="Devices in one batch at most. Cassandra warns above its own "
-        "`unlogged_batch_across_partitions_warn_threshold` (10).",
+    batch_max_partitions: Annotated[
+        Annotated[int, Field(ge=1, le=1000)] | Literal["auto"],
+        BeforeValidator(forms.lower),
+        _Allowed("auto, or a whole number from 1 to 1000"),
+    ] = Field(
+        default="auto",
+        description="Devices in one batch at most. auto: what every node's "
+        "`unlogged_batch_across_partitions_warn_threshold` allows, up to 32; 10 where a node does "
+        "not tell.",
     )
-    batch_max_bytes: int = Field(
-        default=5120,
-        ge=512,
-        le=16 * _MIB,
-        description="Size of one batch at most, in bytes. Cassandra warns above its "
-        "`batch_size_warn_threshold` (5 KiB) and refuses above `batch_size_fail_threshold`.",
+    batch_max_bytes: Annotated[
+        Annotated[int, Field(ge=512, le=16 * _MIB)] | Literal["auto"],
+        BeforeValidator(forms.lower),
+        _Allowed("auto, or a whole number from 512 to 16777216"),
+    ] = Field(
+        default="auto",
+        description="Size of one batch at most, in bytes. auto: what every node's "
+        "`batch_size_warn_threshold` and `batch_size_fail_threshold` allow, up to 64 KiB; 5 KiB "
+        "where a node does not tell.",
     )
     direct: bool = Field(
         default=True,

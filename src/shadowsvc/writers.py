@@ -76,7 +76,6 @@ class Store(Protocol):
 class Figures(NamedTuple):
     """Figures of the writers; times in seconds, sizes in bytes."""
 
-    max_request_bytes: int
     linger_seconds: float
     min_concurrency: int
     concurrency: int
@@ -366,7 +365,7 @@ class Writers:
             updates[0] if len(updates) == 1 else merge(updates)
             for updates in batch.devices.values()
         ]
-        if batch.size_bytes > self.figures.max_request_bytes and len(mutations) == 1:
+        if batch.size_bytes > self.batcher.max_bytes and len(mutations) == 1:
             whole = merge(next(iter(batch.devices.values())))
             mutations = [whole]
 

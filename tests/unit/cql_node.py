@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 
 from shadowsvc.store import frames
 from shadowsvc.store.topology import Replica
-from tests.unit.reading_frames import Reader, response
+from tests.unit.reading_frames import Reader, response, rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +46,9 @@ class Node:
         """What to answer to a batch, by its number; None: nothing."""
         self.prepare: tuple[int, bytes] | None = None
         """The answer to PREPARE; None: an id."""
+        self.settings: tuple[int, bytes] = frames.RESULT, rows()
+        """The answer to a question for `system_views.settings`."""
+        self.questions: list[str] = []
         self.hears_options = True
         self.replica = Replica("127.0.0.1", 0, "127.0.0.1")
         self._server: asyncio.Server | None = None
@@ -80,9 +83,7 @@ class Node:
 
     def _answer(self, opcode: int, body: bytes, stream: int) -> tuple[int, bytes] | None:
         if opcode == frames.STARTUP:
-            if self.login is None:
-                return frames.READY, b""
-            return frames.AUTHENTICATE, b"\0\1x"
+            return (frames.READY, b"") if self.login is None else (frames.AUTHENTICATE, b"\0\1x")
         if opcode == frames.AUTH_RESPONSE:
             self.logins.append(Reader(body).value())
             return self.login
@@ -91,6 +92,9 @@ class Node:
         if opcode == frames.PREPARE:
             self.prepared += 1
             return self.prepare or (frames.RESULT, struct.pack(">iH4s", 4, 4, b"abcd"))
+        if opcode == frames.QUERY:
+            self.questions.append(Reader(body).value().decode())
+            return self.settings
         assert opcode == frames.BATCH
         self.streams.append(stream)
         self.batches += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-__all__ = ["Batch", "Reader", "read_batch", "response"]
+__all__ = ["Batch", "Reader", "read_batch", "response", "rows"]
 
 
 class Reader:
@@ -67,6 +67,24 @@ def read_batch(body: bytes) -> Batch:
     batch = Batch(kind, rows, reader.short(), reader.byte())
     assert reader.left == 0
     return batch
+
+
+def rows(*found: list[bytes | None], columns: int = 2, described: bool = True) -> bytes:
+    """Return the body of a RESULT of kind Rows (§4.2.5.2), of texts, as Cassandra describes it."""
+    flags = 0x01 if described else 0x04
+    body = struct.pack(">iii", 2, flags, columns)
+    if described:
+        body += _string("system_views") + _string("settings")
+        body += b"".join(_string(f"column {at}") + b"\0\x0d" for at in range(columns))
+    body += struct.pack(">i", len(found))
+    for row in found:
+        for value in row:
+            body += struct.pack(">i", -1 if value is None else len(value)) + (value or b"")
+    return body
+
+
+def _string(text: str) -> bytes:
+    return struct.pack(">H", len(text)) + text.encode()
 
 
 def response(

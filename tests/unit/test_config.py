@@ -204,7 +204,17 @@ def test_a_password_among_the_contact_points_is_not_shown() -> None:
         ("SHADOWSVC_CASSANDRA__TLS", "perhaps", "true or false"),
         ("SHADOWSVC_CASSANDRA__CONCURRENCY", "257", "a whole number from 1 to 256"),
         ("SHADOWSVC_CASSANDRA__LINGER_SECONDS", "1.01", "a number from 0 to 1"),
-        ("SHADOWSVC_CASSANDRA__BATCH_MAX_BYTES", "511", "from 512 to 16777216"),
+        (
+            "SHADOWSVC_CASSANDRA__BATCH_MAX_BYTES",
+            "511",
+            "auto, or a whole number from 512 to 16777216",
+        ),
+        (
+            "SHADOWSVC_CASSANDRA__BATCH_MAX_PARTITIONS",
+            "0",
+            "auto, or a whole number from 1 to 1000",
+        ),
+        ("SHADOWSVC_CASSANDRA__BATCH_MAX_PARTITIONS", "most", "auto, or a whole number from 1 to"),
         ("SHADOWSVC_SHADOW__TIMESTAMP_UNIT", "minutes", "one of auto, seconds"),
         ("SHADOWSVC_SHADOW__ON_FUTURE", "ignore", "one of reject, server_time"),
         ("SHADOWSVC_LOG__LEVEL", "loud", "one of DEBUG, INFO, WARNING, ERROR"),

@@ -19,8 +19,10 @@ from shadowsvc.shadow.update import Update
 from shadowsvc.store import frames
 from shadowsvc.store.direct import Direct, Wire
 from shadowsvc.store.statements import STATEMENTS
+from shadowsvc.store.thresholds import DEFAULT, BatchLimits
 from shadowsvc.store.topology import Replica, Snapshot
 from tests.unit.cql_node import DONE, Node, error
+from tests.unit.reading_frames import rows
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -44,7 +46,10 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def connected(
-    *nodes: Node, timeout_seconds: float = TIMEOUT_SECONDS, usable: bool = True
+    *nodes: Node,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    usable: bool = True,
+    told: list[BatchLimits] | None = None,
 ) -> AsyncIterator[Direct]:
     settings = Settings.model_validate(
         {"cassandra": {"request_timeout_seconds": timeout_seconds}}
@@ -53,6 +58,8 @@ async def connected(
         for node in nodes:
             await stack.enter_async_context(node)
         direct = Direct(settings, STATEMENTS)
+        if told is not None:
+            direct.on_limits = told.append
         direct.use(LOGIN)
         direct.follow(ring(*(node.replica for node in nodes)))
         try:
@@ -308,3 +315,61 @@ async def test_after_the_end_nothing_is_connected_any_more() -> None:
         assert node.connections == connections
         assert wire.closed
         assert direct.connections == 0
+
+
+def thresholds(partitions: int, size: str) -> tuple[int, bytes]:
+    return frames.RESULT, rows(
+        [b"unlogged_batch_across_partitions_warn_threshold", str(partitions).encode()],
+        [b"batch_size_warn_threshold", size.encode()],
+    )
+
+
+async def test_batches_may_be_as_large_as_every_connected_node_allows() -> None:
+    nodes = Node(), Node()
+    nodes[0].settings = thresholds(30, "8KiB")
+    nodes[1].settings = thresholds(20, "16KiB")
+    told: list[BatchLimits] = []
+    async with connected(*nodes, told=told):
+        await until(lambda: len(told) == 2)
+    assert told[-1] == BatchLimits(20, 8192)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(error(0x2100, "no SELECT on system_views.settings"), id="no grant"),
+        pytest.param(error(0x2200, "keyspace system_views does not exist"), id="no such table"),
+        pytest.param((frames.RESULT, b"\0\0\0\2"), id="no rows"),
+    ],
+)
+async def test_a_node_that_does_not_tell_counts_as_cassandra_by_default_and_is_used(
+    answer: tuple[int, bytes],
+) -> None:
+    nodes = Node(), Node()
+    nodes[0].settings = answer
+    nodes[1].settings = thresholds(20, "16KiB")
+    told: list[BatchLimits] = []
+    async with connected(*nodes, told=told) as direct:
+        await until(lambda: len(told) == 2)
+        for _ in range(4):
+            await write(direct)
+    assert told[-1] == DEFAULT
+    assert [node.batches for node in nodes] == [2, 2]
+
+
+async def test_a_node_that_comes_back_with_other_thresholds_is_asked_again() -> None:
+    told: list[BatchLimits] = []
+    node = Node()
+    node.settings = thresholds(30, "8KiB")
+    async with connected(node, told=told) as direct:
+        node.settings = thresholds(5, "8KiB")
+        wire_of(direct).abort()
+        await until(lambda: len(told) == 2)
+    assert told == [BatchLimits(30, 8192), BatchLimits(5, 8192)]
+
+
+async def test_nobody_is_asked_for_thresholds_that_do_not_matter() -> None:
+    node = Node()
+    async with connected(node) as direct:
+        await write(direct)
+    assert node.questions == []

@@ -14,7 +14,7 @@ from shadowsvc.shadow.update import Mutations, Update
 from shadowsvc.store import frames
 from shadowsvc.store.cassandra import CassandraStore
 from shadowsvc.store.statements import STATEMENTS
-from tests.unit.reading_frames import Reader, read_batch, response
+from tests.unit.reading_frames import Reader, read_batch, response, rows
 
 if TYPE_CHECKING:
     from shadowsvc.store.direct import Direct
@@ -204,3 +204,46 @@ def test_requests_are_as_the_specification_has_them() -> None:
     assert [startup.short(), startup.string(), startup.string()] == [1, "CQL_VERSION", "3.0.0"]
     assert frames.prepare_body("é") == b"\0\0\0\x02\xc3\xa9"
     assert frames.plain_login("me", "pass") == b"\0\0\0\x08\0me\0pass"
+
+
+def test_a_question_names_its_consistency_and_has_no_values() -> None:
+    reader = Reader(frames.query_body("SELECT now()", frames.CONSISTENCIES["ONE"]))
+    assert reader.value() == b"SELECT now()"
+    assert (reader.short(), reader.byte(), reader.left) == (0x0001, 0, 0)
+
+
+ROWS = st.lists(st.lists(st.none() | st.binary(max_size=20), min_size=3, max_size=3), max_size=4)
+
+
+@given(found=ROWS, described=st.booleans())
+def test_rows_are_read_with_and_without_a_description_of_columns(
+    *, found: list[list[bytes | None]], described: bool
+) -> None:
+    body = rows(*found, columns=3, described=described)
+    assert frames.rows_of(body) == found
+    for size in range(len(body)):
+        with pytest.raises(frames.BadAnswer):
+            frames.rows_of(body[:size])
+
+
+def test_rows_of_one_page_of_many_and_of_a_table_for_each_column_are_read() -> None:
+    paged = struct.pack(">iii", 2, 0x04 | 0x02, 1) + struct.pack(">i2s", 2, b"on")
+    assert frames.rows_of(paged + struct.pack(">ii1s", 1, 1, b"x")) == [[b"x"]]
+    column = b"\0\1k\0\1t\0\1c\0\x09"
+    own_table = struct.pack(">iii", 2, 0, 1) + column + struct.pack(">ii", 1, -1)
+    assert frames.rows_of(own_table) == [[None]]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(struct.pack(">iii", 1, 0, 0), id="no rows"),
+        pytest.param(struct.pack(">iiii", 2, 0x04, 0, 1), id="no columns"),
+        pytest.param(
+            struct.pack(">iii", 2, 0x01, 1) + b"\0\0\0\0\0\0" + b"\0\x22", id="a column of sets"
+        ),
+    ],
+)
+def test_what_is_no_plain_rows_is_told(body: bytes) -> None:
+    with pytest.raises(frames.BadAnswer):
+        frames.rows_of(body)

@@ -56,7 +56,7 @@ class Batcher:
     """Collects updates into open batches, one a replica set, and seals them when full."""
 
     def __init__(
-        self, group: Callable[[str], int] | None, *, max_partitions: int = 10, max_bytes: int = 5120
+        self, group: Callable[[str], int] | None, max_partitions: int = 10, max_bytes: int = 5120
     ) -> None:
         """Make it; `group` maps a device to the number of its replica set.
 
@@ -68,6 +68,11 @@ class Batcher:
         self.ready: deque[Batch] = deque()
         """Sealed batches, oldest first."""
         self._open: dict[int, Batch] = {}
+
+    def limit(self, max_partitions: int, max_bytes: int) -> None:
+        """Have other bounds from now on; what was sealed before stays as it is."""
+        self.max_partitions = max_partitions
+        self.max_bytes = max_bytes
 
     @property
     def is_open(self) -> bool:

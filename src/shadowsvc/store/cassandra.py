@@ -28,6 +28,7 @@ from shadowsvc.store.endpoints import by_name
 from shadowsvc.store.faults import mapped
 from shadowsvc.store.migrate import SELECT_VERSIONS, verify
 from shadowsvc.store.statements import HEARD, STATEMENTS, statements_of
+from shadowsvc.store.thresholds import DEFAULT, BatchLimits
 from shadowsvc.window import MAX_IN_FLIGHT
 
 if TYPE_CHECKING:
@@ -92,7 +93,10 @@ class CassandraStore:
     ) -> None:
         """Make it, unconnected; without `credentials` those of the settings are read."""
         self.settings = settings
-        self.max_request_bytes = settings.batch_max_bytes
+        self.limits = _chosen(settings, DEFAULT)
+        """What a batch may have now."""
+        self.on_limits: Callable[[BatchLimits], None] | None = None
+        """Called with each change of `limits`."""
         self._ttl = dead_letter_ttl_seconds
         self._timeout = settings.request_timeout_seconds
         self._credentials = credentials
@@ -112,6 +116,8 @@ class CassandraStore:
             settings,
             {name: text.format(keyspace=settings.keyspace) for name, text in STATEMENTS.items()},
         )
+        if "auto" in {settings.batch_max_partitions, settings.batch_max_bytes}:
+            self.direct.on_limits = self._learned
         self.batches = {"direct": 0, "driver": 0}
         """Batches of shadows that were sent, by the way that they took."""
 
@@ -222,6 +228,16 @@ class CassandraStore:
         if session is not None:
             await session.close()
 
+    def _learned(self, allowed: BatchLimits) -> None:
+        """Take what the nodes allow for what the settings leave open."""
+        limits = _chosen(self.settings, allowed)
+        if limits == self.limits:
+            return
+        self.limits = limits
+        _log.info("batches", max_partitions=limits.partitions, max_bytes=limits.size_bytes)
+        if self.on_limits is not None:
+            self.on_limits(limits)
+
     def follow(self, snapshot: Snapshot) -> None:
         """Send batches directly to the replicas that this ring names."""
         if self.settings.direct:
@@ -273,7 +289,7 @@ class CassandraStore:
         self._fill((mutations,), statements.append)
         size = sum(len(value) + len(path) for _, value, _, _, path in mutations.writes)
         size += 64 * len(statements) + sum(2 * len(path) for *_, path in mutations.deletes)
-        parts = max(1, -(-size // self.max_request_bytes))
+        parts = max(1, -(-size // self.limits.size_bytes))
         step = max(1, -(-len(statements) // parts))
         for at in range(0, len(statements), step):
             batch = acsylla.create_batch_unlogged(timeout=self._timeout)
@@ -387,6 +403,14 @@ class CassandraStore:
                 if name in HEARD:
                     values.append(_stamp(time_us))
                 add(self._statements[name].bind([*values, *texts]))
+
+
+def _chosen(settings: Cassandra, allowed: BatchLimits) -> BatchLimits:
+    partitions, size_bytes = settings.batch_max_partitions, settings.batch_max_bytes
+    return BatchLimits(
+        allowed.partitions if partitions == "auto" else partitions,
+        allowed.size_bytes if size_bytes == "auto" else size_bytes,
+    )
 
 
 def _cluster(settings: Cassandra) -> Any:

@@ -21,6 +21,7 @@ import re
 import socket
 import time
 from collections import deque
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -30,9 +31,10 @@ from shadowsvc.errors import StoreError, StoreUnavailable
 from shadowsvc.login_pace import LOGIN_KINDS, LoginPace
 from shadowsvc.store import frames
 from shadowsvc.store.faults import UNPREPARED, answered, failed
+from shadowsvc.store.thresholds import DEFAULT, QUESTION, BatchLimits, limits_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from shadowsvc.credentials import Credentials
     from shadowsvc.settings import Cassandra
@@ -81,6 +83,8 @@ class Wire(asyncio.Protocol):
         """Done when nothing more is to be sent; says why."""
         self.doubted_until = 0.0
         """Until when other connections are to be preferred, by the monotonic clock."""
+        self.limits = DEFAULT
+        """What its node allows a batch to have."""
         self._timeout = timeout_seconds
         self._loop = asyncio.get_running_loop()
         self._answers = frames.Answers()
@@ -124,6 +128,18 @@ class Wire(asyncio.Protocol):
                 raise failed("CassErrorServerBadCredentials", str(why))
         elif opcode != frames.READY:
             raise self._unexpected(opcode, body)
+
+    async def learn_limits(self) -> None:
+        """Ask the node for its thresholds. Raises `StoreError`: then they are the default's."""
+        opcode, body = await self._ask(
+            frames.QUERY, frames.query_body(QUESTION, frames.CONSISTENCIES["ONE"])
+        )
+        if opcode != frames.RESULT:
+            raise self._unexpected(opcode, body)
+        try:
+            self.limits = limits_of(frames.rows_of(body))
+        except frames.BadAnswer as error:
+            raise failed("CassErrorLibUnexpectedResponse", str(error)) from None
 
     async def prepare(self, statements: Mapping[str, str], consistency: int) -> None:
         """Prepare what batches are made of; then the connection is usable. Raises `StoreError`."""
@@ -304,6 +320,8 @@ class Direct:
         self.credentials: Credentials | None = None
         self.pace = LoginPace(10.0, 300.0)
         """Of refused logins."""
+        self.on_limits: Callable[[BatchLimits], None] | None = None
+        """Called with what all connected nodes allow a batch to have, whenever one connects."""
         self._snapshot: Snapshot | None = None
         self._nodes: dict[Replica, _Node] = {}
         self._groups: list[list[_Node]] = []
@@ -366,6 +384,13 @@ class Direct:
             if best is None or cost < least:
                 best, least = wire, cost
         return best
+
+    def tell_limits(self) -> None:
+        """Say what every node that is connected allows."""
+        wires = (node.wire for node in self._nodes.values())
+        limits = [wire.limits for wire in wires if wire is not None and wire.usable]
+        if limits and self.on_limits is not None:
+            self.on_limits(reduce(BatchLimits.within, limits))
 
     @property
     def login_wait_seconds(self) -> float:
@@ -488,6 +513,7 @@ class _Node:
                 pause = _HEARTBEAT_SECONDS
                 continue
             try:
+                await self._learn_limits(wire)
                 await wire.prepare(self._owner.statements, consistency)
             except StoreError as error:
                 # No schema yet, or no grant: the login need not be made again for that.
@@ -501,7 +527,22 @@ class _Node:
                 pause = wait_seconds(refusals, _RECONNECT_MIN_SECONDS, _PREPARE_MAX_SECONDS)
             else:
                 _log.info("direct connection", node=self._name)
+                self._owner.tell_limits()
                 pause = _HEARTBEAT_SECONDS
+
+    async def _learn_limits(self, wire: Wire) -> None:
+        """Ask for the node's thresholds; without an answer they are taken for the default ones."""
+        if self._owner.on_limits is None:
+            return
+        try:
+            await wire.learn_limits()
+        except StoreError as error:
+            _log.info(
+                "a node did not tell its batch thresholds, which count as Cassandra's default",
+                node=self._name,
+                error=str(error),
+                limit_by=f"thresholds {self._name}",
+            )
 
 
 async def _ends_within(seconds: float, wire: Wire) -> bool:

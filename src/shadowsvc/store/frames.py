@@ -34,6 +34,7 @@ __all__ = [
     "ERROR",
     "OPTIONS",
     "PREPARE",
+    "QUERY",
     "READY",
     "RESULT",
     "STARTUP",
@@ -45,6 +46,8 @@ __all__ = [
     "plain_login",
     "prepare_body",
     "prepared_id",
+    "query_body",
+    "rows_of",
     "startup_body",
 ]
 
@@ -53,6 +56,7 @@ STARTUP: Final = 0x01
 READY: Final = 0x02
 AUTHENTICATE: Final = 0x03
 OPTIONS: Final = 0x05
+QUERY: Final = 0x07
 RESULT: Final = 0x08
 PREPARE: Final = 0x09
 BATCH: Final = 0x0D
@@ -73,10 +77,15 @@ CONSISTENCIES: Final = {
 
 _REQUEST: Final = 0x04
 _RESPONSE: Final = 0x84
+_ROWS: Final = 2
 _PREPARED: Final = 4
 _TRACING: Final = 0x02
 _CUSTOM_PAYLOAD: Final = 0x04
 _WARNING: Final = 0x08
+_GLOBAL_TABLE: Final = 0x01
+_MORE_PAGES: Final = 0x02
+_NO_METADATA: Final = 0x04
+_FIRST_TYPE_WITH_MORE: Final = 0x20
 _MAX_BODY_BYTES: Final = 16 * 1024 * 1024
 _UNLOGGED: Final = 1
 _KIND_PREPARED: Final = b"\x01"
@@ -127,6 +136,70 @@ def prepared_id(body: bytes) -> bytes:
     if kind != _PREPARED or not found or len(found) < length:
         raise BadAnswer(f"a result of kind {kind} where a prepared statement was asked for")
     return found
+
+
+def query_body(text: str, consistency: int) -> bytes:
+    """Return the body of QUERY for a text without values (§4.1.4)."""
+    return _value(text.encode()) + _SHORT.pack(consistency) + _NO_FLAGS
+
+
+def rows_of(body: bytes) -> list[list[bytes | None]]:
+    """Return the values in the body of a RESULT of kind Rows, row by row (§4.2.5.2).
+
+    Of plain types only; of several pages the first. Raises `BadAnswer`.
+    """
+    try:
+        kind, flags, columns = struct.unpack_from(">iii", body)
+        if kind != _ROWS or columns < 1:
+            raise BadAnswer(f"a result of kind {kind} with {columns} columns for rows")
+        at = 12
+        if flags & _MORE_PAGES:
+            _, at = _value_at(body, at)
+        if not flags & _NO_METADATA:
+            at = _after_columns(body, at, columns, shared=bool(flags & _GLOBAL_TABLE))
+        (count,) = _INT.unpack_from(body, at)
+        at += 4
+        found: list[list[bytes | None]] = []
+        for _ in range(count):
+            row: list[bytes | None] = []
+            for _ in range(columns):
+                value, at = _value_at(body, at)
+                row.append(value)
+            found.append(row)
+    except struct.error as error:
+        raise BadAnswer(str(error)) from None
+    return found
+
+
+def _after_columns(body: bytes, at: int, columns: int, *, shared: bool) -> int:
+    """Return where the description of the columns ends."""
+    if shared:
+        at = _after_strings(body, at, 2)
+    for _ in range(columns):
+        at = _after_strings(body, at, 1 if shared else 3)
+        (of_type,) = _SHORT.unpack_from(body, at)
+        at += 2
+        if not 0 < of_type < _FIRST_TYPE_WITH_MORE:
+            raise BadAnswer(f"a column of type {of_type:#x}")
+    return at
+
+
+def _after_strings(body: bytes, at: int, count: int) -> int:
+    for _ in range(count):
+        (length,) = _SHORT.unpack_from(body, at)
+        at += 2 + length
+    return at
+
+
+def _value_at(body: bytes, at: int) -> tuple[bytes | None, int]:
+    (length,) = _INT.unpack_from(body, at)
+    at += 4
+    if length < 0:
+        return None, at
+    value = body[at : at + length]
+    if len(value) < length:
+        raise BadAnswer(f"a value of {length} bytes of which {len(value)} came")
+    return value, at + length
 
 
 def error_of(body: bytes) -> tuple[int, str]:
