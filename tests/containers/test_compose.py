@@ -311,6 +311,12 @@ def test_prometheus_scrapes_every_target_and_has_the_rules(stack: Stack) -> None
     ready = stack.prometheus("query?query=sum(shadowsvc_ready)")["result"]
     assert ready[0]["value"][1] == "2"
 
+    def as_large_as_allowed() -> bool:
+        found = stack.prometheus("query?query=min(shadowsvc_batch_max_partitions)")["result"]
+        return bool(found[0]["value"][1] == "32")
+
+    wait_for(as_large_as_allowed, "batches are as large as this Cassandra allows", 60)
+
 
 def test_the_profile_devices_publishes(stack: Stack) -> None:
     stack.compose(
