@@ -1,8 +1,8 @@
 """What each stage of an update's way costs: CPU microseconds an update, stage by stage.
 
 Every stage runs over the same messages as the load generator's, in one process, without broker;
-the write stage writes to the real Cassandra. CPU is the process's own, the driver's threads
-included. Rounds are interleaved; the median and the smallest are shown.
+the write stage writes to the real Cassandra, in batches as large as it allows. CPU is the process's
+own, the driver's threads included. Rounds are interleaved; the median and the smallest are shown.
 
     python -m bench.stages --cassandra 127.0.0.1:9042 --dc dc1 --keyspace KEYSPACE
 """
@@ -120,7 +120,7 @@ class Bench:
 
     def plan(self) -> None:
         """Updates to batches."""
-        batcher = Batcher(None, max_partitions=10, max_bytes=5120)
+        batcher = Batcher(None, *self.store.limits)
         for update in self.updates:
             batcher.add(update)
         batcher.seal()
