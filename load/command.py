@@ -10,6 +10,7 @@ in: what devices do.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -77,6 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LoadError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        # Else the interpreter complains of what is left to be written when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

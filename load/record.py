@@ -46,7 +46,7 @@ def record(given: argparse.Namespace) -> int:
         ):
             count = runner.run(_record(endpoint, given.filter, given.seconds, file))
     except (OSError, TimeoutError) as error:
-        raise BadOption(f"{given.target} to {given.file}: {error or 'no answer'}") from None
+        raise BadOption(f"{given.target} to {given.file}: {str(error) or 'no answer'}") from None
     sys.stdout.write(f"{count:,} messages in {given.file}\n")
     return 0
 
@@ -54,27 +54,32 @@ def record(given: argparse.Namespace) -> int:
 async def _record(endpoint: Endpoint, pattern: str, seconds: float, file: BinaryIO) -> int:
     loop = asyncio.get_running_loop()
     recorder = _Recorder(endpoint, pattern, file)
-    async with asyncio.timeout(_CONNECT_SECONDS):
-        transport, _ = await loop.create_connection(
-            lambda: recorder,
-            endpoint.host,
-            endpoint.port,
-            ssl=ssl.create_default_context() if endpoint.tls else None,
-        )
     on_signals(recorder.stop)
     timer = loop.call_later(seconds, recorder.stop) if seconds else None
+    transport: asyncio.BaseTransport | None = None
     try:
+        async with asyncio.timeout(_CONNECT_SECONDS):
+            transport, _ = await loop.create_connection(
+                lambda: recorder,
+                endpoint.host,
+                endpoint.port,
+                ssl=ssl.create_default_context() if endpoint.tls else None,
+            )
+            await recorder.subscribed.wait()
         return await recorder.ended
     finally:
         if timer is not None:
             timer.cancel()
         recorder.stop()
-        transport.close()
+        if transport is not None:
+            transport.close()
 
 
 class _Recorder(asyncio.Protocol):
     def __init__(self, endpoint: Endpoint, pattern: str, file: BinaryIO) -> None:
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.subscribed = asyncio.Event()
+        """Set by the end as well: nobody need wait for it then."""
         websocket = (
             None if endpoint.path is None else WebSocketClient(endpoint.authority, endpoint.path)
         )
@@ -86,6 +91,7 @@ class _Recorder(asyncio.Protocol):
         self._transport: asyncio.Transport
 
     def stop(self) -> None:
+        self.subscribed.set()
         if not self.ended.done():
             self.ended.set_result(self._count)
 
@@ -113,6 +119,8 @@ class _Recorder(asyncio.Protocol):
                     self._transport.write(self._device.subscribe(self._pattern))
                 case Subscribed() if not event.granted:
                     self._fail(f"the subscription {self._pattern} was refused")
+                case Subscribed():
+                    self.subscribed.set()
                 case Closed():
                     self._fail(event.reason)
 
@@ -120,6 +128,7 @@ class _Recorder(asyncio.Protocol):
         self._fail(str(exc or "the broker closed the connection"))
 
     def _fail(self, why: str) -> None:
+        self.subscribed.set()
         if not self.ended.done():
             self.ended.set_exception(BrokenConnection(f"the recording ended early: {why}"))
 

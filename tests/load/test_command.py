@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 
 import backing
+import load.record
 from load.arguments import password_of
 from load.command import main
 from load.replay import Replay
@@ -69,6 +70,12 @@ class Command:
             if all(said.get(name) == value for name, value in wanted.items()):
                 return said
         raise AssertionError(f"ended without {wanted}: {self._process.communicate()[1]}")
+
+    def hear_no_more(self) -> None:
+        """Close the pipe of its standard output, as `head` does when it ends."""
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._process.stdout = None
 
     def interrupt(self) -> None:
         self._process.send_signal(signal.SIGINT)
@@ -254,6 +261,27 @@ def test_what_is_recorded_can_be_played(
     replay = Replay.load(path)
     assert replay.devices == 3
     assert f"{report['acknowledged']:,} messages" in out
+
+
+def test_a_broker_that_never_answers_ends_the_recording(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load.record, "_CONNECT_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        assert main(["record", f"mqtt://127.0.0.1:{port}", "/dev/null"]) == 2
+    assert "no answer" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_ends_the_run_without_a_complaint(
+    mosquitto: backing.Mosquitto, unique: str
+) -> None:
+    options = ["--connections=2", "--seconds=600", "--progress=json"]
+    with Command("lean", mosquitto.url, *options, *names(unique)) as lean:
+        lean.hear(event="progress")
+        lean.hear_no_more()
+        code, _, err = lean.end()
+    assert (code, err) == (1, "")
 
 
 def test_the_observer_says_where_it_listens_and_what_it_saw(mosquitto: backing.Mosquitto) -> None:

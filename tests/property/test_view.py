@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shadowsvc.shadow.pointer import is_ancestor, join
+from shadowsvc.shadow.pointer import join
 from shadowsvc.shadow.view import RawRow, document, leaves, visible
+from tests.pointers import is_ancestor
 
 if TYPE_CHECKING:
     import random

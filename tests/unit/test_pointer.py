@@ -10,11 +10,11 @@ from shadowsvc.shadow.pointer import (
     ancestors,
     below,
     escape,
-    is_ancestor,
     join,
     split,
     unescape,
 )
+from tests.pointers import is_ancestor
 
 KEYS = st.text(st.sampled_from("ab/~01-. é😀\x00"), max_size=4)
 POINTERS = st.lists(KEYS, min_size=1, max_size=4).map(join)
@@ -55,11 +55,6 @@ def test_any_keys_survive(keys: list[str]) -> None:
 def test_a_token_never_holds_a_slash(key: str) -> None:
     assert "/" not in escape(key)
     assert unescape(escape(key)) == key
-
-
-@given(st.lists(KEYS, max_size=4), st.lists(KEYS, max_size=4))
-def test_ancestry_of_the_text_is_ancestry_of_the_keys(a: list[str], b: list[str]) -> None:
-    assert is_ancestor(join(a), join(b)) == (len(a) < len(b) and b[: len(a)] == a)
 
 
 @given(POINTERS, POINTERS)

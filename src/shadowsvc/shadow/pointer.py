@@ -1,9 +1,9 @@
 """JSON Pointer (RFC 6901), the form of the column `path`.
 
-Lives here: building, taking apart and comparing pointers, as text. Rules: a path of the table is
-never `""` (that would be the section itself) and always begins with `/`; nothing here looks at
-values. Comparisons are on the escaped text, which is sound because escaping never yields a `/`.
-Must not come in: documents, rows, times.
+Lives here: building pointers, taking them apart, and what lies above and below one, as text. Rules:
+a path of the table is never `""` (that would be the section itself) and always begins with `/`;
+nothing here looks at values. What is above and below is told from the escaped text, which is sound
+because escaping never yields a `/`. Must not come in: documents, rows, times.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-__all__ = ["ancestors", "below", "escape", "is_ancestor", "join", "split", "unescape"]
+__all__ = ["ancestors", "below", "escape", "join", "split", "unescape"]
 
 
 def escape(key: str) -> str:
@@ -61,11 +61,6 @@ def ancestors(pointer: str) -> Iterator[str]:
     while end > 0:
         yield pointer[:end]
         end = pointer.rfind("/", 0, end)
-
-
-def is_ancestor(a: str, b: str) -> bool:
-    """Tell whether `a` points to an object that `b` lies in; nothing is its own ancestor."""
-    return len(b) > len(a) and b[len(a)] == "/" and b.startswith(a)
 
 
 def below(pointer: str) -> tuple[str, str]:
